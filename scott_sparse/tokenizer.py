@@ -1,0 +1,138 @@
+"""From pixels to tokens: SCOTT, the sparse convolutional tokenizer, and plain patch embedding as its baseline.
+
+Both take images (B, 3, H, W) and `visible` (B, N) and never let a hidden pixel reach a visible token. Both have two forms
+of output: dense tokens (B, N, D) with zeros where hidden, and `packed` tokens (S, D), one row per visible patch.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from scott_sparse import sparse
+from scott_sparse.shapes import Bool, Float, Int, Tensor
+from scott_sparse.sparse import ActivePatches
+
+# Whether each stride-2 convolution is followed by a stride-2 max-blur-pool: P = 2 ** (convolutions + pools).
+STAGES = {16: (True, True), 8: (True, False), 4: (True,)}
+
+
+class Tokenizer(nn.Module):
+    """What both tokenizers share: the patch grid, and the dense form as the scattered packed form."""
+
+    def __init__(self, dim: int, patch_size: int):
+        super().__init__()
+        self.dim, self.patch_size = dim, patch_size
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Patch rows and columns. Raises ValueError unless H and W are multiples of the patch size."""
+        return tuple(patches_along(side, self.patch_size) for side in images.shape[-2:])
+
+    def forward(
+        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"] | None = None
+    ) -> Float[Tensor, "B N D"]:
+        """Tokens in raster order; zeros where hidden. `visible` None means that everything is."""
+        h, w = self.grid(images)
+        if visible is None:
+            return self._packed(images, None).reshape(len(images), h * w, self.dim)
+        active = self.active(images, visible)
+        tokens = self._packed(images, active)
+        dense = tokens.new_zeros(len(images) * h * w, self.dim)
+        dense = dense.index_copy(0, active.image * (h * w) + active.patch, tokens)
+        return dense.view(len(images), h * w, self.dim)
+
+    def packed(
+        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]
+    ) -> tuple[Float[Tensor, "S D"], Int[Tensor, "S 2"]]:
+        """Tokens of the visible patches only, image by image in raster order, and their (image, patch) indices."""
+        active = self.active(images, visible)
+        return self._packed(images, active), torch.stack([active.image, active.patch], dim=1)
+
+    def active(self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]) -> ActivePatches:
+        """The visible patches as the sparse layers use them. Raises ValueError where the shapes disagree."""
+        grid = self.grid(images)
+        expected = (len(images), grid[0] * grid[1])
+        if tuple(visible.shape) != expected:
+            raise ValueError(
+                f"visible has shape {tuple(visible.shape)}; expected {expected}: one row per image, "
+                f"one entry per patch of the {grid[0]} x {grid[1]} grid."
+            )
+        return ActivePatches(visible, grid)
+
+    def _packed(self, images: Tensor, active: ActivePatches | None) -> Tensor:
+        raise NotImplementedError
+
+
+class SparseTokenizer(Tokenizer):
+    """SCOTT (arXiv 2502.18056, section 3.1): strided submanifold convolutions and max-blur-pools.
+
+    P = 16: conv 7x7/2, 3 -> stem_width, ReLU, max-blur-pool, conv 7x7/2, stem_width -> D, ReLU, max-blur-pool. P = 8
+    drops the second pool, P = 4 is a single stage. Active sites after every layer: those of the visible patches.
+
+    `engine`: `spconv` (a SparseConvTensor of the visible pixels runs through spconv), `dense` (the oracle: convolve, then
+    zero), or `auto`: spconv wherever it works. Where everything is visible the two are the same and dense runs. Raises
+    ValueError for an unknown patch size or engine, and for `spconv` where it cannot work.
+    """
+
+    def __init__(self, dim: int, *, patch_size: int = 16, stem_width: int = 64, engine: str = "auto"):
+        super().__init__(dim, patch_size)
+        if patch_size not in STAGES:
+            raise ValueError(f"patch_size {patch_size} has no SCOTT stem; expected one of {sorted(STAGES)}.")
+        if engine not in sparse.ENGINES:
+            raise ValueError(f"unknown engine {engine!r}; expected one of {', '.join(sparse.ENGINES)}.")
+        self.engine = engine
+        self.pools = STAGES[patch_size]
+        widths = [3, *[stem_width] * (len(self.pools) - 1), dim]
+        self.kernels = nn.ParameterList(
+            nn.Parameter(torch.empty(k, c, sparse.KERNEL, sparse.KERNEL)) for c, k in zip(widths, widths[1:])
+        )
+        for kernel in self.kernels:
+            nn.init.kaiming_normal_(kernel)
+
+    def sparse_input(self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]):
+        """The masked images on their way in: a `spconv.pytorch.SparseConvTensor`, one voxel per visible pixel."""
+        return sparse.to_sparse(images, self.active(images, visible))
+
+    def _packed(self, images, active):
+        if active is not None and sparse.choose_engine(self.engine, images.device) == "spconv":
+            return self._spconv(images, active)
+        return self._dense(images, active)
+
+    def _spconv(self, images: Tensor, active: ActivePatches) -> Tensor:
+        x = sparse.to_sparse(images, active)
+        for kernel, pool in zip(self.kernels, self.pools):
+            x = sparse.sparse_relu(sparse.strided_submanifold_conv(x, kernel, active))
+            if pool:
+                x = sparse.sparse_max_blur_pool(x, active)
+        return x.features
+
+    def _dense(self, images: Tensor, active: ActivePatches | None) -> Tensor:
+        x = sparse.restrict(images, active)
+        for kernel, pool in zip(self.kernels, self.pools):
+            x = F.relu(sparse.dense_strided_conv(x, kernel, active))
+            if pool:
+                x = sparse.restrict(sparse.max_blur_pool(x), active)
+        return rearrange(x, "b d h w -> (b h w) d") if active is None else active.gather(x)
+
+
+class PatchEmbed(Tokenizer):
+    """The baseline: one biased convolution with kernel = stride = P, applied to the visible patches only."""
+
+    def __init__(self, dim: int, *, patch_size: int = 16):
+        super().__init__(dim, patch_size)
+        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+
+    def _packed(self, images, active):
+        p = self.patch_size
+        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+        chosen = patches.flatten(0, 1) if active is None else patches[active.image, active.patch]
+        return F.linear(chosen, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def patches_along(side: int, patch_size: int) -> int:
+    """Patches along an image side. Raises ValueError unless the side is a positive multiple of the patch size."""
+    if side < patch_size or side % patch_size:
+        lower = max(side // patch_size, 1) * patch_size
+        nearest = f"{lower}" if side < patch_size else f"{lower} or {lower + patch_size}"
+        raise ValueError(f"image side {side} is not a multiple of patch_size {patch_size}; nearest: {nearest}.")
+    return side // patch_size

@@ -1,0 +1,97 @@
+"""Encoders on disk: `encoder.safetensors` and `encoder.json`, loaded strictly; and the paper's checkpoints.
+
+    encoder = load_encoder("runs/demo")        # or a Hugging Face Hub repository, "owner/name"
+"""
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from scott_sparse.shapes import Tensor
+from scott_sparse.vit import Encoder, EncoderConfig
+
+WEIGHTS, CONFIG = "encoder.safetensors", "encoder.json"
+
+_FROM_PAPER = (  # (pattern in the paper's state dict, our name)
+    (r"tokenizer\.tokenizer\.0\.weight", "tokenizer.kernels.0"),
+    (r"tokenizer\.tokenizer\.3\.weight", "tokenizer.kernels.1"),
+    (r"tokenizer\.proj\.(weight|bias)", r"tokenizer.proj.\1"),
+    (r"transformer\.msk_embed", "mask_token"),
+    (r"transformer\.reg_embed", "transformer.registers"),
+    (r"transformer\.blocks\.(\d+)\.self_attn\.(qkv|proj)\.weight", r"transformer.blocks.\1.attention.\2.weight"),
+    (r"transformer\.blocks\.(\d+)\.ffn_layer\.(?:w12|linear1)\.weight", r"transformer.blocks.\1.ffn.fused.weight"),
+    (r"transformer\.blocks\.(\d+)\.ffn_layer\.last_linear\.weight", r"transformer.blocks.\1.ffn.out.weight"),
+    (r"head\.([12])\.(weight|bias)", r"head.\1.\2"),
+)
+
+
+def save_encoder(encoder: Encoder, folder: str | Path) -> None:
+    """Write weights and config into `folder`, each beside its name first and then renamed."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+    write_beside(folder / WEIGHTS, lambda path: save_file(state, path))
+    text = json.dumps(dataclasses.asdict(encoder.config), indent=2) + "\n"
+    write_beside(folder / CONFIG, lambda path: path.write_text(text))
+
+
+def load_encoder(source: str | Path, *, engine: str = "auto") -> Encoder:
+    """The encoder of a run folder, or of a Hub repository `owner/name`, in eval mode on the CPU.
+
+    Raises ValueError where there is none, and where names or shapes do not match the config: a load that does not fit
+    stops, it never leaves random weights behind.
+    """
+    folder = Path(source)
+    if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not folder.parent.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(str(source), allow_patterns=[WEIGHTS, CONFIG]))
+    for name in (WEIGHTS, CONFIG):
+        if not (folder / name).is_file():
+            raise ValueError(f"no encoder in {source}: expected {WEIGHTS} and {CONFIG}; {name} is missing.")
+    encoder = Encoder(EncoderConfig(**json.loads((folder / CONFIG).read_text())), engine=engine)
+    _load_strictly(encoder, load_file(folder / WEIGHTS), str(source))
+    return encoder.eval()
+
+
+def from_paper_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the state dict of the paper's code (context encoder, target encoder or predictor) to ours.
+
+    Positions are computed here, not stored. The predictor's unused `msk_embed` is dropped. Raises ValueError for any
+    name that is none of the paper's.
+    """
+    is_predictor = any(name.startswith("head.") for name in state)
+    renamed = {}
+    for name, tensor in state.items():
+        if name == "transformer.pos_embed" or (is_predictor and name == "transformer.msk_embed"):
+            continue
+        for pattern, ours in _FROM_PAPER:
+            if re.fullmatch(pattern, name):
+                renamed[re.sub(pattern, ours, name)] = tensor
+                break
+        else:
+            raise ValueError(f"{name!r} is no tensor of the paper's checkpoints (SCOTT or ViT with MIM-JEPA).")
+    return renamed
+
+
+def write_beside(path: Path, write) -> None:
+    """Call `write` on a temporary neighbour of `path`, then rename it: `path` is whole or unchanged."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _load_strictly(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())
+        raise ValueError(f"the weights in {source} do not fit their config: {detail}") from None

@@ -1,0 +1,302 @@
+"""Pretrain an encoder with SCOTT and MIM-JEPA. Read from top to bottom.
+
+    accelerate launch train/pretrain.py                                     # the demo
+    accelerate launch train/pretrain.py --data PHOTOS --image-size 64       # your own folder
+    accelerate launch train/pretrain.py flowers102 --data PATH --batch-size 128
+
+The run folder (`--out`, default runs/RECIPE) ends with `encoder.safetensors` + `encoder.json`, `metrics.jsonl` (one
+line per optimizer step), `recipe.json`, `tokens.png` and `summary.json`.
+"""
+
+import dataclasses
+import json
+import platform
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from recipes import Recipe, parse
+from report import draw_tokens, knn_report, knn_table
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from scott_sparse import MIMJEPA, draw_visible, save_encoder
+from scott_sparse.data import Data, open_data
+from scott_sparse.jepa import draw_directions, make_target, target_features, update_target
+from scott_sparse.optimizer import adamw, set_schedules
+from scott_sparse.randomness import batch_indices, generator_at, seed_at
+from scott_sparse.schedules import Schedules
+from scott_sparse.sparse import choose_engine
+from scott_sparse.views import draw_views, make_views
+from scott_sparse.weights import write_beside
+
+
+def main() -> None:
+    started = time.perf_counter()
+    try:
+        name, recipe, out, accelerator, data, model = prepare(sys.argv[1:])
+    except ValueError as mistake:
+        sys.exit(f"error: {' '.join(str(mistake).split())}")
+    console = Console(quiet=not accelerator.is_main_process)
+    target = make_target(model.encoder)
+    initial = make_target(model.encoder)
+    engine = describe_engine(recipe, accelerator.device)
+    parameters = sum(p.numel() for p in model.encoder.parameters())
+    console.print(
+        f"{name}: {len(data.train):,} images at {recipe.sides[0]} x {recipe.sides[1]} px, encoder {recipe.size} "
+        f"({parameters / 1e6:.1f} M parameters), engine {engine}, {accelerator.num_processes} x {accelerator.device.type}, "
+        f"precision {accelerator.mixed_precision}; loss terms: {', '.join(recipe.objective.terms)}"
+    )
+    training = train(recipe, out, accelerator, data, model, target, console)
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_encoder(target, out)
+        device = accelerator.device
+        knn = knn_report(data, initial.to(device), target, size=recipe.sides, device=device)
+        draw_tokens(out / "tokens.png", data, initial, target, recipe=recipe, device=device)
+        summary = {
+            "recipe": name,
+            "knn": knn,
+            "seconds": round(time.perf_counter() - started, 1),
+            **training,
+            "peak_memory_mib": peak_memory_mib(device),
+            "engine": engine,
+            "terms": recipe.objective.terms,
+            "protocol": "clean",
+            "images": {"train": len(data.train), "held_out": len(data.held_out) if data.held_out else 0},
+            "encoder_parameters": parameters,
+            "processes": accelerator.num_processes,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            "mixed_precision": accelerator.mixed_precision,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        }
+        write_beside(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
+        table = knn_table(data, knn, recipe.objective.terms)
+        if table is not None:
+            console.print(table)
+        console.print(f"{summary['seconds']:.0f} s in all; results in {out}: summary.json, tokens.png, encoder.safetensors")
+    accelerator.end_training()
+
+
+def prepare(arguments: list[str]) -> tuple[str, Recipe, Path, Accelerator, Data, MIMJEPA]:
+    """Everything that can be wrong with what was asked for is found here; nothing is written before it is right."""
+    name, recipe = parse(arguments)
+    out = recipe.out or Path("runs") / name
+    if (out / "summary.json").exists() and not recipe.overwrite:
+        raise ValueError(f"{out} holds a finished run; choose another --out or pass --overwrite to replace it.")
+    accelerator = Accelerator(
+        gradient_accumulation_steps=recipe.accumulate, log_with=recipe.tracker, project_dir=out if recipe.tracker else None
+    )
+    slices = accelerator.num_processes * recipe.accumulate
+    if recipe.batch_size % slices:
+        raise ValueError(
+            f"batch_size {recipe.batch_size} does not divide into {accelerator.num_processes} processes x "
+            f"{recipe.accumulate} accumulation steps; nearest: {max(round(recipe.batch_size / slices), 1) * slices}."
+        )
+    if recipe.tokenizer == "scott":
+        choose_engine(recipe.engine, accelerator.device)
+    data = open_data(recipe.data, short_side=recipe.short_side)
+    if recipe.batch_size > len(data.train):
+        raise ValueError(
+            f"batch_size {recipe.batch_size} is larger than the data set ({len(data.train)} images to train on); "
+            f"use --batch-size {len(data.train) // slices * slices or slices} or less."
+        )
+    set_seed(recipe.seed)
+    model = MIMJEPA(recipe.encoder, recipe.objective, engine=recipe.engine)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if out.exists() and (out / "recipe.json").exists():
+            shutil.rmtree(out)  # an unfinished run, or a finished one that --overwrite gave up
+        out.mkdir(parents=True, exist_ok=True)
+        fields = json.dumps({"recipe": name, **dataclasses.asdict(recipe)}, indent=2, default=str) + "\n"
+        write_beside(out / "recipe.json", lambda path: path.write_text(fields))
+    accelerator.wait_for_everyone()
+    return name, recipe, out, accelerator, data, model
+
+
+def train(recipe: Recipe, out: Path, accelerator: Accelerator, data: Data, model, target, console) -> dict:
+    """The loop. Returns what the summary says of it."""
+    steps_per_epoch = len(data.train) // recipe.batch_size
+    total_steps = max(round(recipe.epochs * steps_per_epoch), 1)
+    schedules = Schedules(
+        total_steps=total_steps,
+        warmup_steps=round(recipe.warmup_epochs * steps_per_epoch),
+        lr=recipe.lr,
+        lr_start=recipe.lr_start,
+        lr_final=recipe.lr_final,
+        flat_fraction=recipe.flat_fraction,
+        weight_decay=recipe.weight_decay,
+        momentum=recipe.momentum,
+    )
+    optimizer = adamw(model)
+    target.to(accelerator.device)
+    if recipe.compile:
+        model.compile()
+        target.compile()
+    model, optimizer = accelerator.prepare(model, optimizer)
+    encoder = accelerator.unwrap_model(model, keep_torch_compile=False).encoder
+    if recipe.tracker:
+        accelerator.init_trackers("tensorboard")
+
+    model.train()
+    log = Log(recipe, out, accelerator, console, total_steps, steps_per_epoch)
+    with log:
+        for step in range(total_steps):
+            set_schedules(optimizer, schedules, step)
+            torch.manual_seed(seed_at(recipe.seed, "dropout", step, accelerator.process_index))
+            losses = []
+            for part, batch in enumerate(batches(recipe, accelerator, data, step)):
+                # 1. The target encoder looks at the whole crops.
+                with accelerator.autocast():
+                    targets = target_features(target, batch["target"].flatten(0, 1))
+                targets = targets.unflatten(0, batch["target"].shape[:2])
+                # 2. The context encoder sees what is visible, the predictor answers for what is hidden.
+                with accelerator.no_sync(model) if part < recipe.accumulate - 1 else accelerator.autocast():
+                    terms = model(batch["context"], batch["visible"], targets, batch["directions"])
+                    accelerator.backward(terms["loss"])
+                losses.append({key: value.detach() for key, value in terms.items()})
+            # 3. Update, and let the target follow.
+            norm = accelerator.clip_grad_norm_(model.parameters(), recipe.clip or float("inf"))
+            loss = torch.stack([part["loss"] for part in losses]).mean()
+            if not torch.isfinite(loss) or not (torch.isfinite(norm) or accelerator.mixed_precision == "fp16"):
+                raise RuntimeError(
+                    f"loss is {loss.item()}, gradient norm {norm.item()} at step {step} (last finite loss "
+                    f"{log.last_loss}, lr {schedules.lr_at(step):.2g}); nothing was updated."
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            update_target(target, encoder, schedules.momentum_at(step))
+            terms = {key: torch.stack([part[key] for part in losses]).mean() for key in losses[0]}
+            rates = {"lr": schedules.lr_at(step), "weight_decay": schedules.weight_decay_at(step)}
+            log.add(step, {**terms, "gradient_norm": norm}, {**rates, "momentum": schedules.momentum_at(step)})
+    return log.summary()
+
+
+def batches(recipe: Recipe, accelerator: Accelerator, data: Data, step: int):
+    """This process's parts of the global batch of a step, one per accumulation step.
+
+    Indices, crops, colours and masks are drawn for the global batch from (seed, step), then sliced.
+    """
+    indices = batch_indices(step, images=len(data.train), batch=recipe.batch_size, seed=recipe.seed)
+    views = draw_views(data.train.sizes[indices], recipe.views, generator=generator_at(recipe.seed, "views", step))
+    crops = recipe.views.crops
+    visible = draw_visible(
+        recipe.batch_size * crops,
+        recipe.grid,
+        hide_ratio=recipe.hide_ratio,
+        shape=recipe.mask,
+        generator=generator_at(recipe.seed, "masks", step),
+    ).unflatten(0, (recipe.batch_size, crops))
+    directions = None
+    if recipe.objective.invariance:
+        generator = generator_at(recipe.seed, "directions", step)
+        directions = draw_directions(recipe.objective.projector[1], recipe.objective.directions, generator=generator)
+        directions = directions.to(accelerator.device)
+    size = recipe.batch_size // (accelerator.num_processes * recipe.accumulate)
+    for part in range(recipe.accumulate):
+        start = (part * accelerator.num_processes + accelerator.process_index) * size
+        rows = slice(start, start + size)
+        pixels, _ = data.train.batch(indices[rows])
+        context, target = make_views(pixels.to(accelerator.device), views[rows], size=recipe.sides)
+        yield {
+            "context": context,
+            "target": target,
+            "visible": visible[rows].to(accelerator.device),
+            "directions": directions,
+        }
+
+
+class Log:
+    """metrics.jsonl, tracker and progress bar. Values stay on the device until every `log_every`-th step."""
+
+    def __init__(self, recipe, out, accelerator, console, total_steps, steps_per_epoch):
+        self.recipe, self.accelerator, self.steps_per_epoch = recipe, accelerator, steps_per_epoch
+        self.total_steps, self.console = total_steps, console
+        self.last_loss: float | None = None
+        self.first_loss: float | None = None
+        self.waiting: list[tuple[int, dict, dict]] = []
+        self.file = (out / "metrics.jsonl").open("w") if accelerator.is_main_process else None
+        self.progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} images/s  ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not accelerator.is_main_process,
+        )
+        self.task = self.progress.add_task("", total=total_steps, epoch="1", loss="-", rate="-")
+        self.started, self.seconds, self.done = time.perf_counter(), 0.0, 0
+
+    def __enter__(self):
+        self.progress.start()
+
+    def __exit__(self, *_):
+        self.flush()
+        self.progress.stop()
+        if self.file:
+            self.file.close()
+
+    def add(self, step: int, tensors: dict, numbers: dict) -> None:
+        self.waiting.append((step, tensors, numbers))
+        self.done = step + 1
+        if self.done % self.recipe.log_every == 0 or self.done == self.total_steps:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.waiting:
+            return
+        table = torch.stack([torch.stack(list(tensors.values())).float() for _, tensors, _ in self.waiting])
+        table = self.accelerator.reduce(table, reduction="mean").tolist()
+        self.seconds = time.perf_counter() - self.started
+        rate = self.done * self.recipe.batch_size / self.seconds
+        for (step, tensors, numbers), row in zip(self.waiting, table):
+            line = {"step": step, "epoch": step // self.steps_per_epoch, **dict(zip(tensors, row)), **numbers}
+            line |= {"images_per_second": round(rate, 1)}
+            if self.file:
+                self.file.write(json.dumps(line) + "\n")
+            self.accelerator.log(line, step=step)
+        if self.file:
+            self.file.flush()
+        self.waiting.clear()
+        self.last_loss = line["loss"]
+        self.first_loss = self.first_loss if self.first_loss is not None else dict(zip(tensors, table[0]))["loss"]
+        epoch = min((self.done - 1) // self.steps_per_epoch + 1, max(round(self.recipe.epochs), 1))
+        self.progress.update(
+            self.task,
+            completed=self.done,
+            epoch=f"{epoch}/{self.recipe.epochs:g}",
+            loss=f"{self.last_loss:.4f}",
+            rate=f"{rate:.0f}",
+        )
+
+    def summary(self) -> dict:
+        return {
+            "train_seconds": round(self.seconds, 1),
+            "images_per_second": round(self.done * self.recipe.batch_size / self.seconds, 1),
+            "steps": self.done,
+            "loss": {"first": self.first_loss, "last": self.last_loss},
+        }
+
+
+def describe_engine(recipe: Recipe, device: torch.device) -> str:
+    """The engine that the context encoder's tokenizer runs on: spconv, dense, or patch embedding."""
+    return choose_engine(recipe.engine, device) if recipe.tokenizer == "scott" else "patch"
+
+
+def peak_memory_mib(device: torch.device) -> int:
+    """Peak resident memory of this process, or peak allocated memory of its GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (2**20 if sys.platform == "darwin" else 2**10)
+
+
+if __name__ == "__main__":
+    main()

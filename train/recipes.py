@@ -1,0 +1,160 @@
+"""Recipes by name. A recipe is everything that decides a run; every field is a flag of train/pretrain.py."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from scott_sparse.jepa import ObjectiveConfig
+from scott_sparse.masks import visible_count
+from scott_sparse.tokenizer import patches_along
+from scott_sparse.views import ViewConfig
+from scott_sparse.vit import EncoderConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    data: str | None = None
+    """'petals' (embedded, drawn on the fly), or a folder of images, with or without train/val/test and class folders."""
+    out: Path | None = None
+    """Run folder; default runs/RECIPE."""
+    overwrite: bool = False
+    """Replace the finished run that --out holds."""
+    seed: int = 0
+
+    # The model.
+    image_size: int | tuple[int, int] = 224
+    """Side, or height and width, in pixels; multiples of the patch size."""
+    store_side: int | None = None
+    """Shorter side of the decoded images in memory; default: what crops of this image size need."""
+    size: str = "paper"
+    """demo, tiny, small, paper or base."""
+    tokenizer: Literal["scott", "patch"] = "scott"
+    patch_size: int = 16
+    stem_width: int = 64
+    engine: Literal["auto", "spconv", "dense"] = "auto"
+    ffn: Literal["swiglu", "mlp"] = "swiglu"
+    registers: int = 0
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    drop_path: float = 0.0
+
+    # The task.
+    hide_ratio: float = 0.6
+    mask: Literal["block", "uniform"] = "block"
+    objective: ObjectiveConfig = ObjectiveConfig()
+    views: ViewConfig = ViewConfig()
+
+    # The optimization; schedules follow optimizer steps.
+    epochs: float = 300
+    batch_size: int = 64
+    """Images per optimizer step, over all processes and accumulation steps."""
+    accumulate: int = 1
+    """Forward and backward passes per optimizer step."""
+    lr: float = 5e-4
+    lr_start: float = 1e-6
+    lr_final: float = 1e-5
+    warmup_epochs: float = 40
+    flat_fraction: float = 0.72
+    weight_decay: tuple[float, float] = (0.04, 0.4)
+    momentum: tuple[float, float] = (0.996, 1.0)
+    """Of the EMA target, first and last step."""
+    clip: float | None = None
+    """Largest gradient norm."""
+
+    # The machine.
+    compile: bool = False
+    """torch.compile the trained model and the target encoder."""
+    tracker: Literal["tensorboard"] | None = None
+    log_every: int = 10
+    """Optimizer steps between progress updates and writes to metrics.jsonl."""
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "accumulate", "lr", "log_every"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be positive.")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be less than epochs {self.epochs}.")
+        if not all(0 <= momentum <= 1 for momentum in self.momentum):
+            raise ValueError(f"momentum {self.momentum} must lie in [0, 1].")
+        self.encoder  # noqa: B018 - validates size, tokenizer and rates
+        visible_count(self.grid[0] * self.grid[1], self.hide_ratio)
+        if self.objective.invariance and self.views.crops < 2:
+            raise ValueError(f"invariance compares crops of one image, got crops {self.views.crops}; use --crops 2.")
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Image height and width."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return tuple(patches_along(side, self.patch_size) for side in self.sides)
+
+    @property
+    def encoder(self) -> EncoderConfig:
+        fields = ("tokenizer", "patch_size", "stem_width", "ffn", "registers")
+        rates = ("dropout", "attention_dropout", "drop_path")
+        return EncoderConfig.named(self.size, **{name: getattr(self, name) for name in (*fields, *rates)})
+
+    @property
+    def short_side(self) -> int:
+        """Decoded size: twice the view for small views, as crops enlarge; 256 for 224 px as is usual."""
+        longest = max(self.sides)
+        return self.store_side or max(min(2 * longest, 256), round(longest * 256 / 224))
+
+
+FLOWERS102 = Recipe(dropout=0.2, attention_dropout=0.1, drop_path=0.1)
+
+DEMO = Recipe(
+    data="petals",
+    image_size=64,
+    size="demo",
+    patch_size=8,
+    hide_ratio=0.5,
+    objective=ObjectiveConfig(predictor_depth=1, context="visible", invariance=1.0),
+    views=ViewConfig(crops=2, crop_scale=(0.4, 1.0)),
+    epochs=10,
+    lr=1e-3,
+    warmup_epochs=1,
+    flat_fraction=0.5,
+    weight_decay=(0.04, 0.04),
+    momentum=(0.99, 1.0),
+    clip=1.0,
+)
+
+RECIPES = {
+    "demo": ("MIM-JEPA with invariance + SIGReg on petals at 64 px: five minutes on two CPU cores", DEMO),
+    "flowers102": ("the paper's recipe as published: 224 px, 300 epochs; needs --data", FLOWERS102),
+}
+
+
+def parse(arguments: list[str]) -> tuple[str, Recipe]:
+    """(name, recipe) from `[NAME] [--field value ...]`; no name is the demo. Raises ValueError for the user's mistakes."""
+    name = "demo"
+    if arguments and not arguments[0].startswith("-"):
+        name, arguments = arguments[0], arguments[1:]
+    if name not in RECIPES:
+        known = ", ".join(f"{key} ({about})" for key, (about, _) in RECIPES.items())
+        raise ValueError(f"unknown recipe {name!r}; expected one of: {known}.")
+    about, default = RECIPES[name]
+    recipe, unknown = tyro.cli(
+        Recipe,
+        prog=f"train/pretrain.py {name}",
+        description=f"{about}. Other recipes: {', '.join(key for key in RECIPES if key != name)}.",
+        default=default,
+        args=arguments,
+        return_unknown_args=True,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    if unknown:
+        fields = {field.name for part in (Recipe, ObjectiveConfig, ViewConfig) for field in dataclasses.fields(part)}
+        flags = [f"--{field.replace('_', '-')}" for field in sorted(fields)]
+        close = difflib.get_close_matches(unknown[0], flags, n=1)
+        meant = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"unknown option {unknown[0]}; {meant}--help lists all.")
+    if recipe.data is None:
+        raise ValueError(f"recipe {name} needs --data PATH, a folder of images (or --data petals).")
+    return name, recipe

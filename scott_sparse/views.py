@@ -29,7 +29,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 OPS = ("brightness", "contrast", "saturation", "hue", "grey", "blur")  # `Views.ops` holds indices into this
 IDLE = len(OPS)
-BRIGHTNESS, CONTRAST, SATURATION, HUE, GREY, BLUR = range(IDLE)
+_, CONTRAST, SATURATION, HUE, GREY, _ = range(IDLE)
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, to torchvision's digits
 BLUR_RADIUS = 4  # kernel 9
@@ -79,8 +79,8 @@ class Views:
     """All that is random about a batch of views.
 
     Step s of a colouring applies `OPS[ops[s]]`, or nothing for `IDLE`, with `amounts[s]`: the factor for
-    brightness, contrast and saturation; the turn for hue (1 is the full circle); sigma in pixels for blur; 0 for
-    greyscale, which is saturation 0.
+    brightness, contrast and saturation; the turn for hue (1 is the full circle); sigma in pixels for blur; 0
+    for greyscale, which is saturation 0.
 
     `make_views` reads them on the CPU, where they are drawn, and sends what the device needs.
     """
@@ -113,9 +113,7 @@ def draw_views(sizes: Int[Tensor, "B 2"], config: ViewConfig, *, generator: torc
     return Views(boxes, flip, ops, amounts)
 
 
-def _draw_boxes(
-    sizes: Int[Tensor, "B 2"], config: ViewConfig, *, generator: torch.Generator
-) -> Int[Tensor, "B V 4"]:
+def _draw_boxes(sizes: Int[Tensor, "B 2"], config: ViewConfig, *, generator: torch.Generator) -> Int[Tensor, "B V 4"]:
     """torchvision's RandomResizedCrop: the first of ten candidates that fits, else a centred largest box."""
     H, W = rearrange(sizes.double(), "b side -> side b 1 1")
     shape = (len(sizes), config.crops, BOX_TRIES)
@@ -159,9 +157,7 @@ def _draw_colours(
     return order.masked_fill(~on.gather(-1, order), IDLE), amounts.gather(-1, order)
 
 
-def _uniform(
-    shape: Sequence[int], low: float, high: float, *, generator: torch.Generator
-) -> Float[Tensor, "..."]:
+def _uniform(shape: Sequence[int], low: float, high: float, *, generator: torch.Generator) -> Float[Tensor, "..."]:
     return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
@@ -227,8 +223,8 @@ def colour(
 ) -> Float[Tensor, "B V K 3 h w"]:
     """Colour each image in K ways; pixels in [0, 1] before and after, `ops` and `amounts` as in `Views`.
 
-    At each step an operation runs once, on exactly the rows whose turn it is: idle rows cost nothing. Brightness,
-    contrast, saturation and greyscale count as one operation, see `_mix`.
+    At each step an operation runs once, on exactly the rows whose turn it is: idle rows cost nothing.
+    Brightness, contrast, saturation and greyscale count as one operation, see `_mix`.
 
     Raises:
         RuntimeError: from torch, when blurring images with a side below 5 pixels.
@@ -258,7 +254,7 @@ def colour(
 
 
 def _mix(images: Float[Tensor, "N 3 h w"], params: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3 h w"]:
-    """Brightness, contrast, saturation, greyscale: shares of the image, its grey version and its mean grey."""
+    """Brightness, contrast, saturation, greyscale: a sum of the image, its grey self and its mean grey."""
     own, grey_share, mean_share = params.T[..., None, None, None]
     red, green, blue = images.split(1, dim=1)
     grey = (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])  # (N, 1, h, w)
@@ -279,7 +275,7 @@ def _turn_hue(images: Float[Tensor, "N 3 h w"], params: Float[Tensor, "N 3"]) ->
     hue = torch.where(high == red, green - blue, torch.where(high == green, from_green, from_blue))
     hue.div_(span.clamp(min=torch.finfo(span.dtype).tiny))  # grey pixels: 0 / tiny, and any hue will do
     hue.add_(6 * params[:, :1, None])
-    places = torch.tensor([0.0, 2.0, 4.0], device=hue.device)[:, None, None]
+    places = torch.arange(0, 6, 2, device=hue.device)[:, None, None]
     away = hue[:, None] - (places - 3)  # (N, 3, h, w)
     away.remainder_(6).sub_(3).abs_()  # now the distance around the circle, in [0, 3]
     return away.sub_(1).clamp_(0, 1).mul_(span.neg_()[:, None]).add_(high[:, None])
@@ -290,7 +286,7 @@ def _blur(images: Float[Tensor, "N 3 h w"], params: Float[Tensor, "N 3"]) -> Flo
     offset = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=images.device)
     taps = (-((offset / params[:, :1]) ** 2) / 2).softmax(1).T[..., None, None, None]  # (9, N, 1, 1, 1)
     images = F.pad(images, (BLUR_RADIUS,) * 4, mode="reflect")
-    # Shifted sums, as each image has its own kernel: a grouped convolution takes six times as long on a CPU.
+    # Shifted sums, as each image has its own kernel: a grouped convolution is several times slower on a CPU.
     for dim in (2, 3):
         side = images.shape[dim] - 2 * BLUR_RADIUS
         shifted = [images.narrow(dim, start, side) for start in range(len(taps))]
@@ -302,7 +298,8 @@ def _blur(images: Float[Tensor, "N 3 h w"], params: Float[Tensor, "N 3"]) -> Flo
 
 def normalise(images: Float[Tensor, "*N 3 h w"]) -> Float[Tensor, "*N 3 h w"]:
     """From [0, 1] to zero mean and unit variance per channel, over ImageNet."""
-    mean, std = images.new_tensor([IMAGENET_MEAN, IMAGENET_STD])[..., None, None]
+    moments = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).to(images.device, non_blocking=True)
+    mean, std = moments[..., None, None]
     return torch.addcmul(-mean / std, images, 1 / std)
 
 
@@ -330,7 +327,7 @@ def whole(
     """The evaluation view, normalised: the largest centred box of the output's aspect ratio, resized.
 
     Raises:
-        ValueError: if `sizes`, the (height, width) of each image in pixels, exceed the padded images.
+        ValueError: if `sizes`, (height, width) of each image in pixels, on the CPU, exceed the padded images.
     """
     aspect = torch.tensor(size)
     scale = (sizes / aspect).amin(1, keepdim=True)

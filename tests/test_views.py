@@ -236,13 +236,13 @@ def test_whole_is_the_centred_largest_box():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(crops=0), "crops"),
-        (dict(crop_scale=(0.5, 0.2)), "crop_scale"),
-        (dict(crop_scale=(0.2, 1.5)), "crop_scale"),
-        (dict(crop_ratio=(0.0, 1.0)), "crop_ratio"),
-        (dict(blur_sigma=(0.0, 1.0)), "blur_sigma"),
-        (dict(grey=1.2), "grey"),
-        (dict(jitter=(0.4, 0.4, 0.2, 0.6)), "hue"),
+        ({"crops": 0}, "crops"),
+        ({"crop_scale": (0.5, 0.2)}, "crop_scale"),
+        ({"crop_scale": (0.2, 1.5)}, "crop_scale"),
+        ({"crop_ratio": (0.0, 1.0)}, "crop_ratio"),
+        ({"blur_sigma": (0.0, 1.0)}, "blur_sigma"),
+        ({"grey": 1.2}, "grey"),
+        ({"jitter": (0.4, 0.4, 0.2, 0.6)}, "hue"),
     ],
 )
 def test_impossible_configs_are_refused(change, message):
@@ -251,5 +251,5 @@ def test_impossible_configs_are_refused(change, message):
 
 
 def test_empty_images_are_refused():
-    with pytest.raises(ValueError, match="image 1 has no pixels"):
+    with pytest.raises(ValueError, match="image 1 of the batch has no pixels"):
         draw_views(torch.tensor([[3, 3], [0, 5]]), ViewConfig(), generator=seeded())

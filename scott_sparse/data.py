@@ -66,6 +66,11 @@ class Data:
     classes: tuple[str, ...] | None
 
 
+def short_side_for(sides: tuple[int, int]) -> int:
+    """Shorter side to decode to for views of `sides` pixels: twice a small view, as crops enlarge; 256 for 224."""
+    return max(min(2 * max(sides), 256), round(max(sides) * 256 / 224))
+
+
 def open_data(source: str, *, short_side: int) -> Data:
     """Read `petals` or a folder; images with a shorter side above `short_side` pixels are shrunk to it.
 
@@ -96,10 +101,10 @@ def open_data(source: str, *, short_side: int) -> Data:
     )
 
 
-def _open_petals(size: int) -> Data:
+def _open_petals(short_side: int) -> Data:
     split = {}
     for name in ("train", "test"):
-        images, _, labels = petals(name, PETALS_COUNT[name], size=size)
+        images, _, labels = petals(name, PETALS_COUNT[name], size=max(64, short_side // 2))
         split[name] = Images.of(images, labels)
     return Data(split["train"], split["test"], CLASSES)
 

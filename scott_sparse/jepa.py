@@ -69,17 +69,19 @@ class MIMJEPA(nn.Module):
         self,
         images: Float[Tensor, "B V 3 H W"],
         visible: Bool[Tensor, "B V N"],
-        targets: Float[Tensor, "B V N D"],
+        targets: Float[Tensor, "B N D"],
         directions: Float[Tensor, "E M"] | None = None,
     ) -> dict[str, Tensor]:
         """Loss terms of V crops per image, each with its own mask; `loss` is their weighted sum.
 
+        `targets` belong to each image's first crop, the one that MIM-JEPA predicts; the others cost no target pass.
         `directions`: columns of unit length for SIGReg (see `draw_directions`), needed with the cross-crop term.
         """
         crops, seen = images.flatten(0, 1), visible.flatten(0, 1)
         features = self.context_features(crops, seen)
-        predictions = self.predictor(features, self.encoder.tokenizer.grid(crops))
-        losses = {"mim": masked_smooth_l1(predictions, targets.flatten(0, 1), hidden=~seen)}
+        first = rearrange(features, "(b v) n d -> v b n d", b=len(images))[0]
+        predictions = self.predictor(first, self.encoder.tokenizer.grid(crops))
+        losses = {"mim": masked_smooth_l1(predictions, targets, hidden=~visible[:, 0])}
         losses["loss"] = losses["mim"]
         if self.projector is not None:
             weight = seen[..., None].to(features.dtype)

@@ -15,6 +15,7 @@ This is the only file that imports spconv, and only when it is first needed.
 """
 
 import functools
+import itertools
 import warnings
 
 import torch
@@ -84,34 +85,45 @@ class ActivePatches:
         return self._rulebooks[side]
 
     def _build_rulebook(self, side: int):
+        """Affine in the patch: within a patch the sites of one kernel position fall into at most four neighbours."""
         device, (h, w) = self.patch.device, self.grid
         reach = -(BLOCKS[0] // side)  # how many patches away the window's first block may lie
         # Packed row of every patch, -1 where it is hidden or beyond the border.
-        lookup = torch.full((len(self.visible), h + 2 * reach, w + 2 * reach), -1, device=device)
+        lookup = torch.full((len(self.visible), h + 2 * reach, w + 2 * reach), -1, dtype=torch.int32, device=device)
         row, column = self.patch // w + reach, self.patch % w + reach
-        lookup[self.image, row, column] = torch.arange(len(self), device=device)
+        lookup[self.image, row, column] = torch.arange(len(self), dtype=torch.int32, device=device)
 
-        local = torch.arange(side, device=device)
-        offset = torch.tensor(BLOCKS, device=device)
-        block = offset[:, None] + local  # (4, side) blocks, relative to the patch's first
-        away, inside = block.div(side, rounding_mode="floor"), block % side
-        # Axes: kernel row, kernel column, packed patch, site row, site column.
-        neighbour = lookup[
-            self.image[:, None, None],
-            row[:, None, None] + away[:, None, None, :, None],
-            column[:, None, None] + away[None, :, None, None, :],
-        ]
-        source = neighbour * side**2 + inside[:, None, None, :, None] * side + inside[None, :, None, None, :]
-        present = (neighbour >= 0).flatten(2).flatten(0, 1)
-        source = source.flatten(2).flatten(0, 1)
+        @functools.cache
+        def neighbours(away_y: int, away_x: int) -> tuple[Tensor, Tensor]:
+            """First site of each visible patch with a visible neighbour there, and first site of that neighbour."""
+            there = lookup[self.image, row + away_y, column + away_x]
+            here = (there >= 0).nonzero()[:, 0]
+            return here.int() * side**2, there[here] * side**2
 
-        counts = present.sum(1)
-        position, site = present.nonzero(as_tuple=True)
-        slot = torch.arange(len(site), device=device) - (counts.cumsum(0) - counts)[position]
-        pairs = torch.full((2, *present.shape), -1, dtype=torch.int32, device=device)
-        pairs[0, position, slot] = source[position, site].int()
-        pairs[1, position, slot] = site.int()
-        return pairs, counts.int()
+        sites = len(self) * side**2
+        pairs = torch.full((2, len(BLOCKS) ** 2, sites), -1, dtype=torch.int32, device=device)
+        counts = []
+        for position, (dy, dx) in enumerate(itertools.product(BLOCKS, BLOCKS)):
+            count = 0
+            for (away_y, ys, from_ys), (away_x, xs, from_xs) in itertools.product(_runs(dy, side), _runs(dx, side)):
+                here, there = neighbours(away_y, away_x)
+                for end, base, y, x in ((0, there, from_ys, from_xs), (1, here, ys, xs)):
+                    local = (torch.tensor(y)[:, None] * side + torch.tensor(x)).flatten().int().to(device)
+                    pairs[end, position, count : count + len(base) * len(local)] = (base[:, None] + local).flatten()
+                count += len(here) * len(ys) * len(xs)
+            counts.append(count)
+        return pairs, torch.tensor(counts, dtype=torch.int32)
+
+
+def _runs(shift: int, side: int) -> list[tuple[int, list[int], list[int]]]:
+    """Along one axis, site `i` of a patch reads block i + shift: (patches away, sites i, sites there), by patch away."""
+    runs: dict[int, tuple[list[int], list[int]]] = {}
+    for site in range(side):
+        away, there = divmod(site + shift, side)
+        here = runs.setdefault(away, ([], []))
+        here[0].append(site)
+        here[1].append(there)
+    return [(away, *run) for away, run in runs.items()]
 
 
 def to_sparse(images: Float[Tensor, "B C H W"], active: ActivePatches):
@@ -122,8 +134,7 @@ def to_sparse(images: Float[Tensor, "B C H W"], active: ActivePatches):
 def strided_submanifold_conv(sparse, weight: Float[Tensor, "K C 7 7"], active: ActivePatches):
     """7x7 stride-2 padding-3 convolution without bias of a SparseConvTensor; the active set is only restricted.
 
-    Equals `F.conv2d(dense, weight, stride=2, padding=3)` at the active output sites. Always in fp32: spconv has no
-    bf16, and under autocast its functions would fall to fp16.
+    Equals `F.conv2d(dense, weight, stride=2, padding=3)` at the active output sites.
     """
     side = sparse.spatial_shape[0] // active.grid[0] // 2
     blocks = rearrange(
@@ -131,12 +142,9 @@ def strided_submanifold_conv(sparse, weight: Float[Tensor, "K C 7 7"], active: A
     )
     # Offsets -3..3 become blocks -2..1 of two sites each, with a zero for the unused offset -4.
     kernel = rearrange(F.pad(weight, (1, 0, 1, 0)), "k c (y dy) (x dx) -> k y x (dy dx c)", dy=2, dx=2)
-    with torch.autocast(weight.device.type, enabled=False):
-        features = _indice_conv(blocks.float(), kernel.float().contiguous(), active, side)
-    return _sparse_tensor(features, active, side)
+    return _sparse_tensor(_indice_conv(blocks, kernel.contiguous(), active, side), active, side)
 
 
-@torch._dynamo.disable
 def _indice_conv(blocks: Tensor, kernel: Tensor, active: ActivePatches, side: int) -> Tensor:
     if len(active) == 0:  # spconv raises on empty input; keep the graph so that the weight still gets its zero gradient
         return blocks @ kernel[:, 0, 0].T

@@ -98,13 +98,16 @@ class SparseTokenizer(Tokenizer):
             return self._spconv(images, active)
         return self._dense(images, active)
 
+    @torch._dynamo.disable
     def _spconv(self, images: Tensor, active: ActivePatches) -> Tensor:
-        x = sparse.to_sparse(images, active)
-        for kernel, pool in zip(self.kernels, self.pools):
-            x = sparse.sparse_relu(sparse.strided_submanifold_conv(x, kernel, active))
-            if pool:
-                x = sparse.sparse_max_blur_pool(x, active)
-        return x.features
+        # spconv has no bf16, and under autocast its functions would fall to fp16: an fp32 (TF32) island.
+        with torch.autocast(images.device.type, enabled=False):
+            x = sparse.to_sparse(images.float(), active)
+            for kernel, pool in zip(self.kernels, self.pools):
+                x = sparse.sparse_relu(sparse.strided_submanifold_conv(x, kernel, active))
+                if pool:
+                    x = sparse.sparse_max_blur_pool(x, active)
+            return x.features
 
     def _dense(self, images: Tensor, active: ActivePatches | None) -> Tensor:
         x = sparse.restrict(images, active)

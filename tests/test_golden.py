@@ -61,7 +61,7 @@ def test_golden(path, engine):
             close(targets, data["targets"])
             close(features, data["context_features"])
             close(model.predictor(features, model.encoder.tokenizer.grid(context)), data["predictions"])
-        loss = model(context[:, None], visible[:, None], targets[:, None])["loss"]
+        loss = model(context[:, None], visible[:, None], targets)["loss"]
         assert loss.item() == pytest.approx(case["losses"][step], rel=1e-4)
         optimizer.zero_grad()
         loss.backward()
@@ -76,11 +76,12 @@ def test_golden(path, engine):
         optimizer.step()
         update_target(target, model.encoder, schedules.momentum_at(step))
 
-    final = case["final_norm_and_sum"]
+    final = {name: torch.tensor(pair, dtype=torch.float64) for name, pair in case["final_norm_and_sum"].items()}
     modules = {"context.": model.encoder, "predictor.": model.predictor, "target.": target}
     for prefix, module in modules.items():
         # [norm, sum] per tensor, renamed as the weights are.
-        for name, (norm, total) in from_paper_checkpoint(under(prefix, final)).items():
+        for name, pair in from_paper_checkpoint(under(prefix, final)).items():
+            norm, total = pair.tolist()
             tensor = module.state_dict()[name].double()
             assert tensor.norm().item() == pytest.approx(norm, rel=1e-4), name
             assert tensor.sum().item() == pytest.approx(total, rel=1e-4, abs=1e-4 * max(norm, 1)), name
@@ -94,7 +95,7 @@ def build(case, engine):
         patch_size=case["patch_size"],
         tokenizer={"SCOTT": "scott", "ViT": "patch"}[case["model"]],
         ffn=case["ffn"],
-        mlp_ratio=case["mlp_ratio"],
+        mlp_ratio=float(case["mlp_ratio"]),
         registers=case["num_register_tokens"],
     )
     return MIMJEPA(config, ObjectiveConfig(predictor_depth=case["predictor_depth"]), engine=engine)

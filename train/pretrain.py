@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from scott_sparse import MIMJEPA, draw_visible, save_encoder
-from scott_sparse.data import Data, open_data
+from scott_sparse.data import Data, open_data, short_side_for
 from scott_sparse.jepa import draw_directions, make_target, target_features, update_target
 from scott_sparse.optimizer import adamw, set_schedules
 from scott_sparse.randomness import batch_indices, generator_at, seed_at
@@ -101,7 +101,7 @@ def prepare(arguments: list[str]) -> tuple[str, Recipe, Path, Accelerator, Data,
         )
     if recipe.tokenizer == "scott":
         choose_engine(recipe.engine, accelerator.device)
-    data = open_data(recipe.data, short_side=recipe.short_side)
+    data = open_data(recipe.data, short_side=short_side_for(recipe.sides))
     if recipe.batch_size > len(data.train):
         raise ValueError(
             f"batch_size {recipe.batch_size} is larger than the data set ({len(data.train)} images to train on); "
@@ -152,10 +152,9 @@ def train(recipe: Recipe, out: Path, accelerator: Accelerator, data: Data, model
             torch.manual_seed(seed_at(recipe.seed, "dropout", step, accelerator.process_index))
             losses = []
             for part, batch in enumerate(batches(recipe, accelerator, data, step)):
-                # 1. The target encoder looks at the whole crops.
+                # 1. The target encoder looks at the whole of each image's first crop.
                 with accelerator.autocast():
-                    targets = target_features(target, batch["target"].flatten(0, 1))
-                targets = targets.unflatten(0, batch["target"].shape[:2])
+                    targets = target_features(target, batch["target"])
                 # 2. The context encoder sees what is visible, the predictor answers for what is hidden.
                 with accelerator.no_sync(model) if part < recipe.accumulate - 1 else accelerator.autocast():
                     terms = model(batch["context"], batch["visible"], targets, batch["directions"])
@@ -206,7 +205,7 @@ def batches(recipe: Recipe, accelerator: Accelerator, data: Data, step: int):
         context, target = make_views(pixels.to(accelerator.device), views[rows], size=recipe.sides)
         yield {
             "context": context,
-            "target": target,
+            "target": target[:, 0],
             "visible": visible[rows].to(accelerator.device),
             "directions": directions,
         }

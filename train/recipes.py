@@ -27,8 +27,6 @@ class Recipe:
     # The model.
     image_size: int | tuple[int, int] = 224
     """Side, or height and width, in pixels; multiples of the patch size."""
-    store_side: int | None = None
-    """Shorter side of the decoded images in memory; default: what crops of this image size need."""
     size: str = "paper"
     """demo, tiny, small, paper or base."""
     tokenizer: Literal["scott", "patch"] = "scott"
@@ -98,12 +96,6 @@ class Recipe:
         fields = ("tokenizer", "patch_size", "stem_width", "ffn", "registers")
         rates = ("dropout", "attention_dropout", "drop_path")
         return EncoderConfig.named(self.size, **{name: getattr(self, name) for name in (*fields, *rates)})
-
-    @property
-    def short_side(self) -> int:
-        """Decoded size: twice the view for small views, as crops enlarge; 256 for 224 px as is usual."""
-        longest = max(self.sides)
-        return self.store_side or max(min(2 * longest, 256), round(longest * 256 / 224))
 
 
 FLOWERS102 = Recipe(dropout=0.2, attention_dropout=0.1, drop_path=0.1)

@@ -1,0 +1,182 @@
+"""Encoder, predictor, target and loss: shapes on any grid, a gradient for every parameter, terms against oracles."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from scott_sparse import MIMJEPA, SIZES, Encoder, EncoderConfig, ObjectiveConfig, draw_visible
+from scott_sparse.jepa import (
+    draw_directions,
+    invariance,
+    make_target,
+    masked_smooth_l1,
+    sigreg,
+    target_features,
+    update_target,
+)
+from scott_sparse.optimizer import adamw
+from scott_sparse.vit import positions
+
+TINY = EncoderConfig(dim=32, depth=2, heads=4, patch_size=16, stem_width=8, registers=2)
+BESIDE = ObjectiveConfig(predictor_depth=1, invariance=1.0, projector=(16, 8))
+
+
+def losses(config=TINY, objective=BESIDE, engine="auto", grid=(3, 4), batch=2, crops=2):
+    torch.manual_seed(0)
+    model = MIMJEPA(config, objective, engine=engine)
+    p = config.patch_size
+    images = torch.randn(batch, crops, 3, grid[0] * p, grid[1] * p)
+    visible = draw_visible(batch * crops, grid, hide_ratio=0.5).unflatten(0, (batch, crops))
+    targets = target_features(make_target(model.encoder), images[:, 0])
+    directions = draw_directions(objective.projector[1], 16, generator=torch.Generator().manual_seed(0))
+    return model, model(images, visible, targets, directions)
+
+
+@pytest.mark.parametrize("engine", ["dense", "spconv"])
+@pytest.mark.parametrize("context", ["all", "visible"])
+@pytest.mark.parametrize("tokenizer", ["scott", "patch"])
+@pytest.mark.parametrize("ffn", ["swiglu", "mlp"])
+@pytest.mark.parametrize("beside", [0.0, 1.0])
+def test_every_parameter_gets_a_gradient(engine, context, tokenizer, ffn, beside):
+    config = dataclasses.replace(TINY, tokenizer=tokenizer, ffn=ffn)
+    objective = dataclasses.replace(BESIDE, context=context, invariance=beside)
+    model, terms = losses(config, objective, engine, crops=2 if beside else 1)
+    terms["loss"].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("patch_size", [16, 8, 4])
+@pytest.mark.parametrize("grid", [(1, 1), (2, 5), (7, 3)])
+def test_features_on_any_grid(patch_size, grid):
+    encoder = Encoder(dataclasses.replace(TINY, patch_size=patch_size)).eval()
+    images = torch.randn(2, 3, grid[0] * patch_size, grid[1] * patch_size)
+    features = encoder(images)
+    assert features.shape == (2, grid[0] * grid[1], 32)
+    # One image at a time gives the same: nothing leaks between the images of a batch.
+    assert torch.allclose(features[1:], encoder(images[1:]), atol=1e-4)
+
+
+def test_sizes_are_those_of_the_paper():
+    encoder = Encoder(EncoderConfig.named("paper"))
+    predictor = MIMJEPA(EncoderConfig.named("paper"), ObjectiveConfig()).predictor
+    count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6  # noqa: E731
+    assert count(encoder) == pytest.approx(22.4, abs=0.1)
+    assert count(predictor) == pytest.approx(5.5, abs=0.1)
+    assert {"tiny": (192, 12, 3), "small": (384, 12, 6), "paper": (384, 12, 4), "base": (768, 12, 12)}.items() <= SIZES.items()
+
+
+def test_engines_give_the_same_losses():
+    for context in ("all", "visible"):
+        objective = dataclasses.replace(BESIDE, context=context)
+        dense, spconv = (losses(objective=objective, engine=engine)[1] for engine in ("dense", "spconv"))
+        for name in dense:
+            assert spconv[name].item() == pytest.approx(dense[name].item(), rel=1e-5), name
+
+
+def test_visible_context_does_not_depend_on_hidden_pixels():
+    encoder = Encoder(TINY).eval()
+    images, visible = torch.randn(2, 3, 48, 64), draw_visible(2, (3, 4), hide_ratio=0.5)
+    shown = visible.view(2, 1, 3, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    changed = torch.where(shown, images, torch.full_like(images, 7.0))
+    assert torch.equal(encoder.forward_visible(images, visible), encoder.forward_visible(changed, visible))
+    assert torch.equal(encoder(images, visible), encoder(changed, visible))
+
+
+def test_packed_context_equals_all_when_everything_is_visible():
+    encoder = Encoder(TINY).eval()
+    images = torch.randn(2, 3, 48, 64)
+    everything = torch.ones(2, 12, dtype=torch.bool)
+    assert torch.allclose(encoder.forward_visible(images, everything), encoder(images), atol=1e-5)
+
+
+def test_uneven_masks_cannot_be_packed():
+    visible = torch.ones(2, 12, dtype=torch.bool)
+    visible[0, 0] = False
+    with pytest.raises(ValueError, match="one visible count"):
+        Encoder(TINY).forward_visible(torch.zeros(2, 3, 48, 64), visible)
+
+
+def test_dropout_and_drop_path_act_in_training_only():
+    encoder = Encoder(dataclasses.replace(TINY, dropout=0.2, attention_dropout=0.1, drop_path=0.5))
+    images = torch.randn(2, 3, 48, 64)
+    assert not torch.equal(encoder(images), encoder(images))
+    assert torch.equal(make_target(encoder)(images), make_target(encoder)(images))
+
+
+def test_positions_by_hand():
+    p = positions((2, 3), torch.zeros(1, 8))
+    row, column = 1, 2
+    expected = [math.sin(row), math.sin(row / 100), math.cos(row), math.cos(row / 100)]
+    expected += [math.sin(column), math.sin(column / 100), math.cos(column), math.cos(column / 100)]
+    assert p[row * 3 + column].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_loss_by_hand():
+    predictions, targets = torch.zeros(2, 3, 2), torch.tensor([[[0.5, 2.0]] * 3, [[1.0, 0.0]] * 3])
+    hidden = torch.tensor([[True, False, False], [True, True, False]])
+    # |d| < 1: d**2 / 2, else |d| - 1/2. First image (0.125 + 1.5) / 2, second (0.5 + 0) / 2.
+    assert masked_smooth_l1(predictions, targets, hidden=hidden).item() == pytest.approx((0.8125 + 0.25) / 2)
+
+
+def test_invariance_by_hand():
+    views = torch.tensor([[[1.0, 0.0]], [[3.0, 0.0]]])
+    assert invariance(views).item() == pytest.approx(0.5)  # means of (1, 1, 0, 0)
+    assert invariance(views[:1].repeat(2, 1, 1)).item() == 0
+
+
+def test_sigreg_against_a_fine_integral():
+    """The trapezoid on 17 knots against a direct sum on a fine grid, one direction at a time."""
+    z, directions = torch.randn(50, 4).double() * 1.3 + 0.2, torch.eye(4).double()
+    t = torch.linspace(-4, 4, 4001, dtype=torch.double)
+    phi = torch.exp(1j * z.T[:, None, :] * t[:, None]).mean(-1)
+    integrand = (phi - torch.exp(-t.square() / 2)).abs().square() * torch.exp(-t.square() / 2)
+    expected = 50 * torch.trapezoid(integrand, t, dim=-1).mean()
+    assert sigreg(z.float(), directions.float()).item() == pytest.approx(expected.item(), rel=1e-2)
+
+
+def test_sigreg_likes_a_standard_normal_best():
+    generator = torch.Generator().manual_seed(0)
+    directions = draw_directions(8, 256, generator=generator)
+    assert torch.allclose(directions.norm(dim=0), torch.ones(256))
+    normal = torch.randn(512, 8, generator=generator)
+    score = {name: sigreg(z, directions) for name, z in {
+        "normal": normal, "shifted": normal + 1, "narrow": normal / 10, "collapsed": normal * 0 + 0.3,
+        "one dimension": normal * torch.eye(8)[0] * 8**0.5,
+    }.items()}
+    assert score["normal"] < 1.5
+    assert all(score[name] > 5 * score["normal"] for name in score if name != "normal")
+
+
+def test_target_follows_parameters_only():
+    encoder = Encoder(TINY)
+    target = make_target(encoder)
+    before = [p.clone() for p in target.parameters()]
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p += 1
+    update_target(target, encoder, 0.9)
+    for now, then in zip(target.parameters(), before):
+        assert torch.allclose(now, then + 0.1, atol=1e-6)
+    assert not any(p.requires_grad for p in target.parameters()) and not target.training
+    features = target_features(target, torch.randn(1, 3, 48, 64))
+    assert torch.allclose(features, F.layer_norm(features, (32,)), atol=1e-3)
+
+
+def test_weight_decay_spares_vectors():
+    model = MIMJEPA(TINY, BESIDE)
+    decayed, free = (group["params"] for group in adamw(model).param_groups)
+    assert all(p.ndim > 1 for p in decayed) and all(p.ndim == 1 for p in free)
+    assert len(decayed) + len(free) == len(list(model.parameters()))
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="unknown size 'huge'; expected one of demo, tiny"):
+        EncoderConfig.named("huge")
+    with pytest.raises(ValueError, match="unknown context"):
+        ObjectiveConfig(context="some")
+    with pytest.raises(ValueError, match="multiple of 4 and of heads"):
+        EncoderConfig(dim=30, depth=1, heads=4)

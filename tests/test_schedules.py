@@ -1,0 +1,33 @@
+"""The paper's three curves, evaluated at step + 1."""
+
+import pytest
+
+from scott_sparse.schedules import Schedules
+
+PAPER = Schedules(
+    total_steps=3000, warmup_steps=400, lr=5e-4, lr_start=1e-6, lr_final=1e-5, flat_fraction=0.72,
+    weight_decay=(0.04, 0.4), momentum=(0.996, 1.0),
+)  # fmt: skip
+
+
+def test_learning_rate():
+    assert PAPER.lr_at(0) == pytest.approx(1e-6 + (5e-4 - 1e-6) / 400)  # never the starting value itself
+    assert PAPER.lr_at(199) == pytest.approx((1e-6 + 5e-4) / 2)
+    assert PAPER.lr_at(399) == 5e-4
+    flat_until = 400 + 0.72 * 2600
+    assert PAPER.lr_at(int(flat_until) - 1) == 5e-4
+    assert PAPER.lr_at(int((flat_until + 3000) / 2) - 1) == pytest.approx((5e-4 + 1e-5) / 2, rel=1e-2)
+    assert PAPER.lr_at(2999) == pytest.approx(1e-5)
+    curve = [PAPER.lr_at(step) for step in range(3000)]
+    assert curve[:400] == sorted(curve[:400]) and curve[400:] == sorted(curve[400:], reverse=True)
+
+
+def test_linear_curves_end_where_they_should():
+    assert PAPER.weight_decay_at(0) == pytest.approx(0.04 + 0.36 / 3000)
+    assert PAPER.weight_decay_at(2999) == pytest.approx(0.4)
+    assert PAPER.momentum_at(2999) == pytest.approx(1.0)
+
+
+def test_without_warm_up_or_decay():
+    flat = Schedules(1, 0, 1e-3, 0.0, 0.0, 1.0, (0.0, 0.0), (0.9, 0.9))
+    assert flat.lr_at(0) == 1e-3

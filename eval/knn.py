@@ -43,7 +43,9 @@ def answer(question: Question) -> float:
     data = open_data(question.data, short_side=short_side_for(size))
     if data.classes is None or data.held_out is None:
         raise ValueError(f"--data {question.data} has no labels; expected class folders (see README).")
-    bank, queries = (mean_token_features(encoder, part, size=size, device=device) for part in (data.train, data.held_out))
+    bank, queries = (
+        mean_token_features(encoder, part, size=size, device=device) for part in (data.train, data.held_out)
+    )
     return knn_accuracy(bank, data.train.labels, queries, data.held_out.labels)
 
 

@@ -1,8 +1,8 @@
 """MIM-JEPA: predict, in latent space, what an EMA target encoder says about the hidden patches.
 
 The published objective (arXiv 2502.18056, section 3.2) is `masked_smooth_l1`. Beside it stands one named option, off in
-the paper's recipes: cross-crop `invariance` of the pooled visible tokens, kept from collapsing by `sigreg` (LeJEPA, arXiv
-2511.08544). Masked crops whose hidden patches cost nothing are what a sparse stem makes possible: with
+the paper's recipes: cross-crop `invariance` of the pooled visible tokens, kept from collapsing by `sigreg` (LeJEPA,
+arXiv 2511.08544). Masked crops whose hidden patches cost nothing are what a sparse stem makes possible: with
 `context="visible"` neither tokenizer nor Transformer spends anything on hidden patches, and only the predictor is
 shown mask tokens.
 """

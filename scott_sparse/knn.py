@@ -48,8 +48,6 @@ def knn_accuracy(
     right = 0
     for chunk, labels in zip(queries.split(1024), query_labels.split(1024)):
         similarity, nearest = (chunk @ bank.T).topk(min(neighbours, len(bank)), dim=1)
-        votes = torch.zeros(len(chunk), classes).scatter_add_(
-            1, bank_labels[nearest], (similarity / TEMPERATURE).exp()
-        )
+        votes = torch.zeros(len(chunk), classes).scatter_add_(1, bank_labels[nearest], (similarity / TEMPERATURE).exp())
         right += int((votes.argmax(1) == labels).sum())
     return 100 * right / len(query_labels)

@@ -21,7 +21,7 @@ def seed_at(*key: int | str) -> int:
 
 
 def batch_indices(step: int, *, images: int, batch: int, seed: int) -> Int[Tensor, " batch"]:
-    """Which images the global batch of optimizer step `step` (from 0) holds; each epoch drops what does not fill one."""
+    """Images of the global batch of optimizer step `step` (from 0); an epoch drops what does not fill a batch."""
     epoch, position = divmod(step, images // batch)
     order = torch.randperm(images, generator=generator_at(seed, "order", epoch))
     return order[position * batch : (position + 1) * batch]

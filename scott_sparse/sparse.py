@@ -34,7 +34,7 @@ class ActivePatches:
     """The visible patches of a batch, and where their sites lie at every resolution.
 
     `visible` is (B, N) with N = h * w patches in raster order. With `side` sites per patch and axis (P at the
-    pixels, 1 at the tokens) a batch has S * side**2 active sites, ordered (patch, row, column): S packed visible patches.
+    pixels, 1 at the tokens) the S visible patches have S * side**2 active sites, ordered (patch, row, column).
     """
 
     def __init__(self, visible: Bool[Tensor, "B N"], grid: tuple[int, int]):
@@ -73,7 +73,8 @@ class ActivePatches:
         zeros = rows.new_zeros(self.visible.numel(), rows.shape[1])
         # Whole patches are copied, not sites: the backward pass is then a plain gather of long rows.
         filled = zeros.index_copy(0, self.image * (h * w) + self.patch, rows)
-        return rearrange(filled, "(b h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=side, q=side)
+        channels_last = rearrange(filled, "(b h w) (p q c) -> b (h p) (w q) c", h=h, w=w, p=side, q=side)
+        return channels_last.permute(0, 3, 1, 2)  # pooling is several times faster in this memory format
 
     def rulebook(self, side: int) -> tuple[Int[Tensor, "2 k n"], Int[Tensor, " k"]]:
         """Pairs (input block, output site) for each of the 4x4 kernel positions at `side` output sites per patch.
@@ -116,7 +117,7 @@ class ActivePatches:
 
 
 def _runs(shift: int, side: int) -> list[tuple[int, list[int], list[int]]]:
-    """Along one axis, site `i` of a patch reads block i + shift: (patches away, sites i, sites there), by patch away."""
+    """Along one axis, site i of a patch reads block i + shift: (patches away, sites i, sites there) per patch away."""
     runs: dict[int, tuple[list[int], list[int]]] = {}
     for site in range(side):
         away, there = divmod(site + shift, side)
@@ -150,9 +151,7 @@ def _indice_conv(blocks: Tensor, kernel: Tensor, active: ActivePatches, side: in
         return blocks @ kernel[:, 0, 0].T
     spconv = _import_spconv()
     pairs, counts = active.rulebook(side)
-    return spconv.functional.indice_conv(
-        blocks, kernel, pairs, counts, len(active) * side**2, spconv.ConvAlgo.Native
-    )
+    return spconv.functional.indice_conv(blocks, kernel, pairs, counts, len(active) * side**2, spconv.ConvAlgo.Native)
 
 
 def sparse_relu(sparse):
@@ -247,6 +246,4 @@ def _import_spconv():
 
 def _sparse_tensor(features: Tensor, active: ActivePatches, side: int):
     h, w = active.grid
-    return _import_spconv().SparseConvTensor(
-        features, active.indices(side), [h * side, w * side], len(active.visible)
-    )
+    return _import_spconv().SparseConvTensor(features, active.indices(side), [h * side, w * side], len(active.visible))

@@ -1,8 +1,10 @@
 """From pixels to tokens: SCOTT, the sparse convolutional tokenizer, and plain patch embedding as its baseline.
 
-Both take images (B, 3, H, W) and `visible` (B, N) and never let a hidden pixel reach a visible token. Both have two forms
-of output: dense tokens (B, N, D) with zeros where hidden, and `packed` tokens (S, D), one row per visible patch.
+Both take images (B, 3, H, W) and `visible` (B, N) and never let a hidden pixel reach a visible token. Both have two
+forms of output: dense tokens (B, N, D) with zeros where hidden, and `packed` tokens (S, D), one row per visible patch.
 """
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -69,9 +71,9 @@ class SparseTokenizer(Tokenizer):
     P = 16: conv 7x7/2, 3 -> stem_width, ReLU, max-blur-pool, conv 7x7/2, stem_width -> D, ReLU, max-blur-pool. P = 8
     drops the second pool, P = 4 is a single stage. Active sites after every layer: those of the visible patches.
 
-    `engine`: `spconv` (a SparseConvTensor of the visible pixels runs through spconv), `dense` (the oracle: convolve, then
-    zero), or `auto`: spconv wherever it works. Where everything is visible the two are the same and dense runs. Raises
-    ValueError for an unknown patch size or engine, and for `spconv` where it cannot work.
+    `engine`: `spconv` (a SparseConvTensor of the visible pixels runs through spconv), `dense` (the oracle: convolve,
+    then zero), or `auto`: spconv wherever it works. Where everything is visible the two are the same and dense runs.
+    Raises ValueError for an unknown patch size or engine, and for `spconv` where it cannot work.
     """
 
     def __init__(self, dim: int, *, patch_size: int = 16, stem_width: int = 64, engine: str = "auto"):
@@ -84,7 +86,7 @@ class SparseTokenizer(Tokenizer):
         self.pools = STAGES[patch_size]
         widths = [3, *[stem_width] * (len(self.pools) - 1), dim]
         self.kernels = nn.ParameterList(
-            nn.Parameter(torch.empty(k, c, sparse.KERNEL, sparse.KERNEL)) for c, k in zip(widths, widths[1:])
+            nn.Parameter(torch.empty(k, c, sparse.KERNEL, sparse.KERNEL)) for c, k in itertools.pairwise(widths)
         )
         for kernel in self.kernels:
             nn.init.kaiming_normal_(kernel)
@@ -110,7 +112,7 @@ class SparseTokenizer(Tokenizer):
             return x.features
 
     def _dense(self, images: Tensor, active: ActivePatches | None) -> Tensor:
-        x = sparse.restrict(images, active)
+        x = sparse.restrict(images, active).contiguous(memory_format=torch.channels_last)
         for kernel, pool in zip(self.kernels, self.pools):
             x = F.relu(sparse.dense_strided_conv(x, kernel, active))
             if pool:

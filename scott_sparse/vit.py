@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from torch import nn
 
 from scott_sparse.shapes import Bool, Float, Tensor
-from scott_sparse.tokenizer import PatchEmbed, SparseTokenizer
+from scott_sparse.tokenizer import STAGES, PatchEmbed, SparseTokenizer
 
 SIZES = {  # name: (width D, layers, heads)
     "demo": (128, 4, 4),
@@ -47,6 +47,8 @@ class EncoderConfig:
             raise ValueError(f"dim {self.dim} must be a multiple of 4 and of heads {self.heads}.")
         if self.tokenizer not in ("scott", "patch"):
             raise ValueError(f"unknown tokenizer {self.tokenizer!r}; expected 'scott' or 'patch'.")
+        if self.tokenizer == "scott" and self.patch_size not in STAGES:
+            raise ValueError(f"patch_size {self.patch_size} has no SCOTT stem; expected one of {sorted(STAGES)}.")
         if self.ffn not in ("swiglu", "mlp"):
             raise ValueError(f"unknown ffn {self.ffn!r}; expected 'swiglu' or 'mlp'.")
         for name in ("dropout", "attention_dropout", "drop_path"):
@@ -87,9 +89,7 @@ class Encoder(nn.Module):
             tokens = torch.where(visible[..., None], tokens, self.mask_token.to(tokens.dtype))
         return self.transformer(tokens, positions(self.tokenizer.grid(images), tokens))
 
-    def forward_visible(
-        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]
-    ) -> Float[Tensor, "B V D"]:
+    def forward_visible(self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]) -> Float[Tensor, "B V D"]:
         """Features of the visible patches alone, in raster order: no token is spent on what is hidden.
 
         Every image must have the same number V of visible patches, as `draw_visible` gives; ValueError otherwise.

@@ -1,6 +1,6 @@
 """Encoders on disk: `encoder.safetensors` and `encoder.json`, loaded strictly; and the paper's checkpoints.
 
-    encoder = load_encoder("runs/demo")        # or a Hugging Face Hub repository, "owner/name"
+encoder = load_encoder("runs/demo")        # or a Hugging Face Hub repository, "owner/name"
 """
 
 import dataclasses

@@ -81,7 +81,10 @@ def test_an_epoch_sees_every_image_once_and_is_a_function_of_seed_and_step():
 
 
 def test_streams_are_unrelated():
-    draws = {tuple(torch.rand(3, generator=generator_at(*key)).tolist()) for key in ((0, "a", 1), (0, "a", 2), (0, "b", 1), (1, "a", 1))}
+    draws = {
+        tuple(torch.rand(3, generator=generator_at(*key)).tolist())
+        for key in ((0, "a", 1), (0, "a", 2), (0, "b", 1), (1, "a", 1))
+    }
     assert len(draws) == 4
 
 

@@ -1,7 +1,7 @@
 """The paper's own numbers: tokens, targets, features, predictions, losses, gradients and weights after three steps.
 
-Each file in $GOLDEN_DIR (default: tests/golden) was measured by running the paper's code in fp32 without dropout on random
-weights. Nothing here shares code with what it checks but the model itself.
+Each file in $GOLDEN_DIR (default: tests/golden) was measured by running the paper's code in fp32 without dropout on
+random weights. Nothing here shares code with what it checks but the model itself.
 """
 
 import json
@@ -31,7 +31,7 @@ def test_there_are_golden_files():
 def test_golden(path, engine):
     with safe_open(path, "pt") as file:
         case = json.loads(file.metadata()["case"])
-        golden = {name: file.get_tensor(name) for name in file.keys()}
+        golden = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     model = build(case, engine)
     model.encoder.load_state_dict(from_paper_checkpoint(under("context.", golden)))
     model.predictor.load_state_dict(from_paper_checkpoint(under("predictor.", golden)))

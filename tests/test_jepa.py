@@ -66,7 +66,12 @@ def test_sizes_are_those_of_the_paper():
     count = lambda module: sum(p.numel() for p in module.parameters()) / 1e6  # noqa: E731
     assert count(encoder) == pytest.approx(22.4, abs=0.1)
     assert count(predictor) == pytest.approx(5.5, abs=0.1)
-    assert {"tiny": (192, 12, 3), "small": (384, 12, 6), "paper": (384, 12, 4), "base": (768, 12, 12)}.items() <= SIZES.items()
+    assert {
+        "tiny": (192, 12, 3),
+        "small": (384, 12, 6),
+        "paper": (384, 12, 4),
+        "base": (768, 12, 12),
+    }.items() <= SIZES.items()
 
 
 def test_engines_give_the_same_losses():
@@ -143,10 +148,16 @@ def test_sigreg_likes_a_standard_normal_best():
     directions = draw_directions(8, 256, generator=generator)
     assert torch.allclose(directions.norm(dim=0), torch.ones(256))
     normal = torch.randn(512, 8, generator=generator)
-    score = {name: sigreg(z, directions) for name, z in {
-        "normal": normal, "shifted": normal + 1, "narrow": normal / 10, "collapsed": normal * 0 + 0.3,
-        "one dimension": normal * torch.eye(8)[0] * 8**0.5,
-    }.items()}
+    score = {
+        name: sigreg(z, directions)
+        for name, z in {
+            "normal": normal,
+            "shifted": normal + 1,
+            "narrow": normal / 10,
+            "collapsed": normal * 0 + 0.3,
+            "one dimension": normal * torch.eye(8)[0] * 8**0.5,
+        }.items()
+    }
     assert score["normal"] < 1.5
     assert all(score[name] > 5 * score["normal"] for name in score if name != "normal")
 

@@ -117,11 +117,9 @@ def test_accumulation_is_the_same_run(labelled, tmp_path, monkeypatch, capsys):
 
 def test_bf16_and_compile(labelled, tmp_path, clean_environment):
     out = tmp_path / "run"
-    result = command(
-        ["accelerate", "launch", "--mixed_precision", "bf16", "train/pretrain.py", *TINY, "--data", labelled]
-        + ["--out", out, "--epochs", 1, "--warmup-epochs", 0, "--compile"],
-        clean_environment,
-    )
+    launcher = ["accelerate", "launch", "--mixed_precision", "bf16"]
+    arguments = [*TINY, "--data", labelled, "--out", out, "--epochs", 1, "--warmup-epochs", 0, "--compile"]
+    result = command([*launcher, "train/pretrain.py", *arguments], clean_environment)
     assert result.returncode == 0, result.stderr
     summary = json.loads((out / "summary.json").read_text())
     assert summary["mixed_precision"] == "bf16" and summary["steps"] == 2
@@ -190,7 +188,9 @@ def test_spconv_where_it_cannot_work(tmp_path, monkeypatch, capsys):
 
 
 def test_a_mistake_in_the_shell_leaves_no_traceback(tmp_path, clean_environment):
-    result = command([sys.executable, "train/pretrain.py", "--size", "huge", "--out", tmp_path / "run"], clean_environment)
+    result = command(
+        [sys.executable, "train/pretrain.py", "--size", "huge", "--out", tmp_path / "run"], clean_environment
+    )
     assert result.returncode != 0 and "unknown size 'huge'" in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
 

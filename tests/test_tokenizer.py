@@ -63,7 +63,9 @@ def test_engines_agree_forward_and_backward(grid, patch_size, kind, batch):
         assert relative(pair(patch_size=patch_size)[1](images), tokens) < 1e-5
 
 
-@pytest.mark.parametrize("make", [lambda: pair()[0], lambda: pair()[1], lambda: PatchEmbed(12)], ids=["dense", "spconv", "patch"])
+@pytest.mark.parametrize(
+    "make", [lambda: pair()[0], lambda: pair()[1], lambda: PatchEmbed(12)], ids=["dense", "spconv", "patch"]
+)
 def test_hidden_pixels_change_no_visible_token(make):
     tokenizer, grid = make(), (4, 5)
     images = torch.randn(2, 3, 64, 80)
@@ -161,7 +163,7 @@ def test_under_autocast_spconv_stays_fp32():
 
 
 def test_max_blur_pool_by_hand():
-    """From its definition, in loops: max over 2x2 without padding, then [1 2 1] x [1 2 1] / 16, stride 2, zero padding 1."""
+    """From its definition: max over 2x2, no padding, then [1 2 1] x [1 2 1] / 16, stride 2, zero padding 1."""
     x = torch.rand(1, 1, 6, 4, dtype=torch.double)
     top = torch.zeros(7, 5, dtype=torch.double)  # the maximum map with one zero all round
     for i in range(5):

@@ -29,7 +29,7 @@ def test_round_trip(saved):
 
 
 def test_engines_share_one_checkpoint(saved):
-    encoder, folder = saved
+    _, folder = saved
     images = torch.randn(2, 3, 32, 48)
     visible = torch.tensor([[True, False, True, False, False, True]] * 2)
     expected = load_encoder(folder, engine="dense")(images, visible)

@@ -8,11 +8,11 @@ The run folder (`--out`, default runs/RECIPE) ends with `encoder.safetensors` + 
 line per optimizer step), `recipe.json`, `tokens.png` and `summary.json`.
 """
 
+import contextlib
 import dataclasses
 import json
 import platform
 import resource
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -35,6 +35,8 @@ from scott_sparse.sparse import choose_engine
 from scott_sparse.views import draw_views, make_views
 from scott_sparse.weights import write_beside
 
+RUN_FILES = ("recipe.json", "metrics.jsonl", "encoder.safetensors", "encoder.json", "tokens.png", "summary.json")
+
 
 def main() -> None:
     started = time.perf_counter()
@@ -49,8 +51,9 @@ def main() -> None:
     parameters = sum(p.numel() for p in model.encoder.parameters())
     console.print(
         f"{name}: {len(data.train):,} images at {recipe.sides[0]} x {recipe.sides[1]} px, encoder {recipe.size} "
-        f"({parameters / 1e6:.1f} M parameters), engine {engine}, {accelerator.num_processes} x {accelerator.device.type}, "
-        f"precision {accelerator.mixed_precision}; loss terms: {', '.join(recipe.objective.terms)}"
+        f"({parameters / 1e6:.1f} M parameters), engine {engine}, {accelerator.num_processes} x "
+        f"{accelerator.device.type}, precision {accelerator.mixed_precision}; "
+        f"loss terms: {', '.join(recipe.objective.terms)}"
     )
     training = train(recipe, out, accelerator, data, model, target, console)
 
@@ -80,7 +83,9 @@ def main() -> None:
         table = knn_table(data, knn, recipe.objective.terms)
         if table is not None:
             console.print(table)
-        console.print(f"{summary['seconds']:.0f} s in all; results in {out}: summary.json, tokens.png, encoder.safetensors")
+        console.print(
+            f"{summary['seconds']:.0f} s in all; results in {out}: summary.json, tokens.png, encoder.safetensors"
+        )
     accelerator.end_training()
 
 
@@ -91,7 +96,9 @@ def prepare(arguments: list[str]) -> tuple[str, Recipe, Path, Accelerator, Data,
     if (out / "summary.json").exists() and not recipe.overwrite:
         raise ValueError(f"{out} holds a finished run; choose another --out or pass --overwrite to replace it.")
     accelerator = Accelerator(
-        gradient_accumulation_steps=recipe.accumulate, log_with=recipe.tracker, project_dir=out if recipe.tracker else None
+        gradient_accumulation_steps=recipe.accumulate,
+        log_with=recipe.tracker,
+        project_dir=out if recipe.tracker else None,
     )
     slices = accelerator.num_processes * recipe.accumulate
     if recipe.batch_size % slices:
@@ -111,9 +118,9 @@ def prepare(arguments: list[str]) -> tuple[str, Recipe, Path, Accelerator, Data,
     model = MIMJEPA(recipe.encoder, recipe.objective, engine=recipe.engine)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if out.exists() and (out / "recipe.json").exists():
-            shutil.rmtree(out)  # an unfinished run, or a finished one that --overwrite gave up
         out.mkdir(parents=True, exist_ok=True)
+        for file in RUN_FILES:  # of an unfinished run, or of a finished one that --overwrite gave up
+            (out / file).unlink(missing_ok=True)
         fields = json.dumps({"recipe": name, **dataclasses.asdict(recipe)}, indent=2, default=str) + "\n"
         write_beside(out / "recipe.json", lambda path: path.write_text(fields))
     accelerator.wait_for_everyone()
@@ -156,7 +163,8 @@ def train(recipe: Recipe, out: Path, accelerator: Accelerator, data: Data, model
                 with accelerator.autocast():
                     targets = target_features(target, batch["target"])
                 # 2. The context encoder sees what is visible, the predictor answers for what is hidden.
-                with accelerator.no_sync(model) if part < recipe.accumulate - 1 else accelerator.autocast():
+                last = part == recipe.accumulate - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(model):
                     terms = model(batch["context"], batch["visible"], targets, batch["directions"])
                     accelerator.backward(terms["loss"])
                 losses.append({key: value.detach() for key, value in terms.items()})
@@ -170,7 +178,8 @@ def train(recipe: Recipe, out: Path, accelerator: Accelerator, data: Data, model
                 )
             optimizer.step()
             optimizer.zero_grad()
-            update_target(target, encoder, schedules.momentum_at(step))
+            if not optimizer.step_was_skipped:  # fp16 skips a step whose scaled gradients overflow
+                update_target(target, encoder, schedules.momentum_at(step))
             terms = {key: torch.stack([part[key] for part in losses]).mean() for key in losses[0]}
             rates = {"lr": schedules.lr_at(step), "weight_decay": schedules.weight_decay_at(step)}
             log.add(step, {**terms, "gradient_norm": norm}, {**rates, "momentum": schedules.momentum_at(step)})

@@ -17,7 +17,7 @@ from scott_sparse.vit import EncoderConfig
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     data: str | None = None
-    """'petals' (embedded, drawn on the fly), or a folder of images, with or without train/val/test and class folders."""
+    """'petals' (drawn, embedded) or a folder of images, with or without train/val/test and class folders."""
     out: Path | None = None
     """Run folder; default runs/RECIPE."""
     overwrite: bool = False
@@ -124,7 +124,7 @@ RECIPES = {
 
 
 def parse(arguments: list[str]) -> tuple[str, Recipe]:
-    """(name, recipe) from `[NAME] [--field value ...]`; no name is the demo. Raises ValueError for the user's mistakes."""
+    """(name, recipe) from `[NAME] [--field value ...]`; no name is the demo. Raises ValueError for mistakes."""
     name = "demo"
     if arguments and not arguments[0].startswith("-"):
         name, arguments = arguments[0], arguments[1:]

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 
 import torch
-import torch.distributed
+import torch.distributed.nn
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
@@ -60,10 +60,7 @@ class MIMJEPA(nn.Module):
         self.predictor = Predictor(encoder, objective.predictor_depth)
         self.projector = None
         if objective.invariance:
-            hidden, out = objective.projector
-            self.projector = nn.Sequential(
-                nn.Linear(encoder.dim, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, out)
-            )
+            self.projector = Projector(encoder.dim, *objective.projector)
 
     def forward(
         self,
@@ -103,6 +100,32 @@ class MIMJEPA(nn.Module):
         return features.masked_scatter(visible[..., None], packed)
 
 
+class Projector(nn.Module):
+    """Linear, standardisation over the global batch, ReLU, Linear: from pooled features to the space of SIGReg.
+
+    Without the standardisation the first few hundred steps go into telling images apart at all: pooled features of an
+    untrained encoder share one large mean. No running statistics: the projector is dropped after pretraining.
+    """
+
+    def __init__(self, dim: int, hidden: int, out: int):
+        super().__init__()
+        self.hidden = nn.Linear(dim, hidden, bias=False)
+        self.out = nn.Linear(hidden, out)
+
+    def forward(self, pooled: Float[Tensor, "n D"]) -> Float[Tensor, "n E"]:
+        rows = self.hidden(pooled).float()
+        rows = rows - mean_over_processes(rows.mean(0))
+        variance = mean_over_processes(rows.square().mean(0))
+        return self.out(F.relu(rows / (variance + 1e-5).sqrt()))
+
+
+def mean_over_processes(values: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """Mean of a tensor over all processes, with its gradient: averages over the global batch, of equal shares."""
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        return torch.distributed.nn.functional.all_reduce(values) / torch.distributed.get_world_size()
+    return values
+
+
 def masked_smooth_l1(
     predictions: Float[Tensor, "B N D"], targets: Float[Tensor, "B N D"], *, hidden: Bool[Tensor, "B N"]
 ) -> Float[Tensor, ""]:
@@ -125,11 +148,8 @@ def sigreg(embeddings: Float[Tensor, "B E"], directions: Float[Tensor, "E M"]) -
     """
     knots = torch.linspace(0, 4, 17, device=embeddings.device)
     angles = (embeddings @ directions)[..., None] * knots
-    phi = torch.stack([angles.cos().mean(0), angles.sin().mean(0)])
-    count = len(embeddings)
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        world = torch.distributed.get_world_size()
-        phi, count = torch.distributed.nn.functional.all_reduce(phi) / world, count * world
+    phi = mean_over_processes(torch.stack([angles.cos().mean(0), angles.sin().mean(0)]))
+    count = len(embeddings) * (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
     gauss = torch.exp(-knots.square() / 2)
     error = (phi[0] - gauss).square() + phi[1].square()
     return 2 * count * torch.trapezoid(error * gauss, knots, dim=-1).mean()

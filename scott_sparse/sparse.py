@@ -104,27 +104,42 @@ class ActivePatches:
         sites = len(self) * side**2
         pairs = torch.full((2, len(BLOCKS) ** 2, sites), -1, dtype=torch.int32, device=device)
         counts = []
-        for position, (dy, dx) in enumerate(itertools.product(BLOCKS, BLOCKS)):
+        for position, window in enumerate(_windows(side, device)):
             count = 0
-            for (away_y, ys, from_ys), (away_x, xs, from_xs) in itertools.product(_runs(dy, side), _runs(dx, side)):
+            for away_y, away_x, local_there, local_here in window:
                 here, there = neighbours(away_y, away_x)
-                for end, base, y, x in ((0, there, from_ys, from_xs), (1, here, ys, xs)):
-                    local = (torch.tensor(y)[:, None] * side + torch.tensor(x)).flatten().int().to(device)
-                    pairs[end, position, count : count + len(base) * len(local)] = (base[:, None] + local).flatten()
-                count += len(here) * len(ys) * len(xs)
+                until = count + len(here) * len(local_here)
+                pairs[0, position, count:until] = (there[:, None] + local_there).flatten()
+                pairs[1, position, count:until] = (here[:, None] + local_here).flatten()
+                count = until
             counts.append(count)
         return pairs, torch.tensor(counts, dtype=torch.int32)
 
 
-def _runs(shift: int, side: int) -> list[tuple[int, list[int], list[int]]]:
-    """Along one axis, site i of a patch reads block i + shift: (patches away, sites i, sites there) per patch away."""
-    runs: dict[int, tuple[list[int], list[int]]] = {}
-    for site in range(side):
-        away, there = divmod(site + shift, side)
-        here = runs.setdefault(away, ([], []))
-        here[0].append(site)
-        here[1].append(there)
-    return [(away, *run) for away, run in runs.items()]
+@functools.cache
+def _windows(side: int, device: torch.device) -> list[list[tuple[int, int, Tensor, Tensor]]]:
+    """For each kernel position the neighbours it reads: (patches down, patches right, sites there, sites here)."""
+
+    def runs(shift: int) -> list[tuple[int, list[int], list[int]]]:
+        """Along one axis site i reads block i + shift: (patches away, sites there, sites here) per patch away."""
+        by_patch: dict[int, tuple[list[int], list[int]]] = {}
+        for site in range(side):
+            away, there = divmod(site + shift, side)
+            run = by_patch.setdefault(away, ([], []))
+            run[0].append(there)
+            run[1].append(site)
+        return [(away, *run) for away, run in by_patch.items()]
+
+    def local(ys: list[int], xs: list[int]) -> Tensor:
+        return torch.tensor([y * side + x for y in ys for x in xs], dtype=torch.int32, device=device)
+
+    return [
+        [
+            (away_y, away_x, local(there_y, there_x), local(here_y, here_x))
+            for (away_y, there_y, here_y), (away_x, there_x, here_x) in itertools.product(runs(dy), runs(dx))
+        ]
+        for dy, dx in itertools.product(BLOCKS, BLOCKS)
+    ]
 
 
 def to_sparse(images: Float[Tensor, "B C H W"], active: ActivePatches):

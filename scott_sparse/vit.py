@@ -17,7 +17,7 @@ from scott_sparse.shapes import Bool, Float, Tensor
 from scott_sparse.tokenizer import STAGES, PatchEmbed, SparseTokenizer
 
 SIZES = {  # name: (width D, layers, heads)
-    "demo": (128, 4, 4),
+    "demo": (96, 3, 3),
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
     "paper": (384, 12, 4),

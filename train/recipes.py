@@ -100,25 +100,28 @@ class Recipe:
 
 FLOWERS102 = Recipe(dropout=0.2, attention_dropout=0.1, drop_path=0.1)
 
+# Chosen on petals' val split. Strong colour jitter and grey: in drawn flowers colour says nothing about the class.
 DEMO = Recipe(
     data="petals",
-    image_size=64,
+    image_size=48,
     size="demo",
     patch_size=8,
+    stem_width=32,
     hide_ratio=0.5,
     objective=ObjectiveConfig(predictor_depth=1, context="visible", invariance=1.0),
-    views=ViewConfig(crops=2, crop_scale=(0.4, 1.0)),
-    epochs=10,
-    lr=1e-3,
-    warmup_epochs=1,
+    views=ViewConfig(crops=2, crop_scale=(0.5, 1.0), colour=1.0, jitter=(0.6, 0.6, 0.6, 0.5), jitter_p=1.0, grey=0.3),
+    epochs=8,
+    batch_size=32,
+    lr=2e-3,
+    warmup_epochs=0.5,
     flat_fraction=0.5,
     weight_decay=(0.04, 0.04),
-    momentum=(0.99, 1.0),
+    momentum=(0.95, 0.99),
     clip=1.0,
 )
 
 RECIPES = {
-    "demo": ("MIM-JEPA with invariance + SIGReg on petals at 64 px: five minutes on two CPU cores", DEMO),
+    "demo": ("MIM-JEPA with invariance + SIGReg on petals at 48 px: five minutes on two CPU cores", DEMO),
     "flowers102": ("the paper's recipe as published: 224 px, 300 epochs; needs --data", FLOWERS102),
 }
 

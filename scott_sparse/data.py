@@ -34,8 +34,10 @@ class Images:
     labels: Int[Tensor, " n"] | None
 
     @classmethod
-    def of(cls, images: list[UInt8[Tensor, "3 H W"]], labels: Int[Tensor, " n"] | None = None) -> "Images":
-        """Copy a list of images (or the rows of one tensor) into a buffer."""
+    def of(
+        cls, images: list[UInt8[Tensor, "3 _ _"]] | UInt8[Tensor, "n 3 _ _"], labels: Int[Tensor, " n"] | None = None
+    ) -> "Images":
+        """Copy a list of images, or the rows of one tensor, into a buffer."""
         sizes = torch.tensor([image.shape[1:] for image in images])
         return cls(torch.cat([image.flatten() for image in images]), sizes, labels)
 

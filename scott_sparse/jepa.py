@@ -11,7 +11,7 @@ import copy
 import dataclasses
 
 import torch
-import torch.distributed.nn
+import torch.distributed
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
@@ -122,8 +122,24 @@ class Projector(nn.Module):
 def mean_over_processes(values: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """Mean of a tensor over all processes, with its gradient: averages over the global batch, of equal shares."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        return torch.distributed.nn.functional.all_reduce(values) / torch.distributed.get_world_size()
+        return _AllReduce.apply(values) / torch.distributed.get_world_size()
     return values
+
+
+class _AllReduce(torch.autograd.Function):
+    """Sum over processes; every process's loss depends on the sum, so its gradient is summed as well."""
+
+    @staticmethod
+    def forward(ctx, values):
+        total = values.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        total = gradient.contiguous().clone()
+        torch.distributed.all_reduce(total)
+        return total
 
 
 def masked_smooth_l1(

@@ -59,7 +59,7 @@ def test_a_run_on_photos(labelled, tmp_path, monkeypatch, capsys):
     assert [line["step"] for line in lines] == list(range(6))
     assert {"loss", "mim", "invariance", "sigreg", "lr", "weight_decay", "momentum"} <= set(lines[0])
     features = load_encoder(out)(torch.zeros(1, 3, 32, 32))
-    assert features.shape == (1, 16, 128)
+    assert features.shape == (1, 16, 96)
     assert (out / "tokens.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((out / "recipe.json").read_text())["data"] == str(labelled)
     assert list(out.rglob("events.out.tfevents*"))
@@ -100,7 +100,7 @@ def test_thirty_demo_steps_lower_the_loss(tmp_path, monkeypatch, capsys):
     assert message is None
     losses = [line["loss"] for line in metrics(out)]
     assert len(losses) == 30
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
 
 
 def test_accumulation_is_the_same_run(labelled, tmp_path, monkeypatch, capsys):
@@ -153,6 +153,8 @@ MISTAKES = {
     "batch size": (["--batch-size", "5000"], "batch_size 5000 is larger than the data set (4000 images"),
     "accumulate": (["--accumulate", "7"], "does not divide"),
     "one crop": (["--crops", "1"], "invariance compares crops of one image"),
+    "not a number": (["--epochs", "many"], "--epochs"),
+    "crop scale": (["--crop-scale", "0.5", "2.0"], "crop_scale is (0.5, 2.0)"),
     "warm-up": (["--warmup-epochs", "99"], "must be less than epochs"),
 }
 

@@ -96,6 +96,7 @@ def prepare(arguments: list[str]) -> tuple[str, Recipe, Path, Accelerator, Data,
     if (out / "summary.json").exists() and not recipe.overwrite:
         raise ValueError(f"{out} holds a finished run; choose another --out or pass --overwrite to replace it.")
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else several CPU processes would not find each other
         gradient_accumulation_steps=recipe.accumulate,
         log_with=recipe.tracker,
         project_dir=out if recipe.tracker else None,

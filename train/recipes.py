@@ -1,7 +1,11 @@
 """Recipes by name. A recipe is everything that decides a run; every field is a flag of train/pretrain.py."""
 
+import contextlib
 import dataclasses
 import difflib
+import functools
+import io
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -69,7 +73,8 @@ class Recipe:
     log_every: int = 10
     """Optimizer steps between progress updates and writes to metrics.jsonl."""
 
-    def __post_init__(self):
+    def validate(self) -> None:
+        """Raise ValueError for values that do not go together, naming field, value and remedy."""
         for name in ("epochs", "batch_size", "accumulate", "lr", "log_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive.")
@@ -135,14 +140,17 @@ def parse(arguments: list[str]) -> tuple[str, Recipe]:
         known = ", ".join(f"{key} ({about})" for key, (about, _) in RECIPES.items())
         raise ValueError(f"unknown recipe {name!r}; expected one of: {known}.")
     about, default = RECIPES[name]
-    recipe, unknown = tyro.cli(
-        Recipe,
-        prog=f"train/pretrain.py {name}",
-        description=f"{about}. Other recipes: {', '.join(key for key in RECIPES if key != name)}.",
-        default=default,
-        args=arguments,
-        return_unknown_args=True,
-        config=(tyro.conf.OmitArgPrefixes,),
+    recipe, unknown = _quietly(
+        functools.partial(
+            tyro.cli,
+            Recipe,
+            prog=f"train/pretrain.py {name}",
+            description=f"{about}. Other recipes: {', '.join(key for key in RECIPES if key != name)}.",
+            default=default,
+            args=arguments,
+            return_unknown_args=True,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
     )
     if unknown:
         fields = {field.name for part in (Recipe, ObjectiveConfig, ViewConfig) for field in dataclasses.fields(part)}
@@ -150,6 +158,20 @@ def parse(arguments: list[str]) -> tuple[str, Recipe]:
         close = difflib.get_close_matches(unknown[0], flags, n=1)
         meant = f"did you mean {close[0]}? " if close else ""
         raise ValueError(f"unknown option {unknown[0]}; {meant}--help lists all.")
+    recipe.validate()
     if recipe.data is None:
         raise ValueError(f"recipe {name} needs --data PATH, a folder of images (or --data petals).")
     return name, recipe
+
+
+def _quietly(parse_arguments):
+    """Run tyro's parser, and turn the framed message with which it exits into a ValueError of one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parse_arguments()
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+    words = re.sub("[─│╭╮╰╯]", " ", said.getvalue()).split()
+    raise ValueError(" ".join(words).removeprefix("Value error Error parsing Recipe: "))

@@ -115,14 +115,17 @@ def test_accumulation_is_the_same_run(labelled, tmp_path, monkeypatch, capsys):
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
 
 
-def test_bf16_and_compile(labelled, tmp_path, clean_environment):
+@pytest.mark.parametrize("flags", [["--mixed_precision", "bf16"], ["--compile"]], ids=["bf16", "compile"])
+def test_precision_and_compilation(flags, labelled, tmp_path, clean_environment):
     out = tmp_path / "run"
-    launcher = ["accelerate", "launch", "--mixed_precision", "bf16"]
-    arguments = [*TINY, "--data", labelled, "--out", out, "--epochs", 1, "--warmup-epochs", 0, "--compile"]
-    result = command([*launcher, "train/pretrain.py", *arguments], clean_environment)
+    launcher, script = (["accelerate", "launch"], ["train/pretrain.py"])
+    (script if flags == ["--compile"] else launcher).extend(flags)
+    arguments = [*TINY, "--data", labelled, "--out", out, "--epochs", 0.5, "--warmup-epochs", 0]
+    result = command([*launcher, *script, *arguments], clean_environment)
     assert result.returncode == 0, result.stderr
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["mixed_precision"] == "bf16" and summary["steps"] == 2
+    assert summary["mixed_precision"] == ("bf16" if "bf16" in flags else "no") and summary["steps"] == 1
+    assert summary["loss"]["last"] > 0
 
 
 def test_two_processes_train_the_same_run(labelled, tmp_path, clean_environment):

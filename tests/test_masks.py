@@ -31,7 +31,7 @@ def test_every_mask_has_the_exact_count(h, w, percent, shape, seed):
 def test_every_grid_ends():
     for h in range(2, 33):
         for w in range(2, 33):
-            for ratio in (0.25, 0.6, 0.75):
+            for ratio in (0.25, 0.6):
                 visible = draw_visible(2, (h, w), hide_ratio=ratio)
                 assert visible.sum(1).tolist() == [math.ceil((1 - ratio) * h * w - 1e-9)] * 2
 

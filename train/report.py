@@ -67,7 +67,7 @@ def draw_tokens(path: Path, data: Data, initial: Encoder, pretrained: Encoder, *
     figure = Figure(figsize=(1.1 * len(images) + 1.2, 1.15 * len(rows)), layout="constrained")
     for axes, (name, pictures) in zip(figure.subplots(len(rows), len(images), squeeze=False), rows):
         for axis, picture in zip(axes, pictures):
-            axis.imshow(picture, interpolation="nearest")
+            axis.imshow(picture.numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
                 spine.set_visible(False)

@@ -42,7 +42,7 @@ def main() -> None:
     started = time.perf_counter()
     try:
         name, recipe, out, accelerator, data, model = prepare(sys.argv[1:])
-    except ValueError as mistake:
+    except (ValueError, OSError) as mistake:
         sys.exit(f"error: {' '.join(str(mistake).split())}")
     console = Console(quiet=not accelerator.is_main_process)
     target = make_target(model.encoder)

@@ -125,17 +125,33 @@ DEMO = Recipe(
     clip=1.0,
 )
 
+# The demo for photos, where colour does say something: the paper's views, with smaller crops and half the patches hidden.
+PHOTOS = dataclasses.replace(
+    DEMO, data=None, image_size=64, hide_ratio=0.5, views=ViewConfig(crops=2), epochs=24, warmup_epochs=1
+)
+
 RECIPES = {
     "demo": ("MIM-JEPA with invariance + SIGReg on petals at 48 px: five minutes on two CPU cores", DEMO),
+    "photos": (
+        "the demo's model and loss with the paper's mild colours, 64 px; what a plain --data FOLDER runs",
+        PHOTOS,
+    ),
     "flowers102": ("the paper's recipe as published: 224 px, 300 epochs; needs --data", FLOWERS102),
 }
 
 
 def parse(arguments: list[str]) -> tuple[str, Recipe]:
-    """(name, recipe) from `[NAME] [--field value ...]`; no name is the demo. Raises ValueError for mistakes."""
-    name = "demo"
+    """(name, recipe) from `[NAME] [--field value ...]`. Raises ValueError for mistakes.
+
+    No name is the demo, or `photos` where --data is something other than petals.
+    """
     if arguments and not arguments[0].startswith("-"):
         name, arguments = arguments[0], arguments[1:]
+    else:
+        name, recipe = parse(["demo", *arguments])
+        if recipe.data == "petals":
+            return name, recipe
+        name = "photos"
     if name not in RECIPES:
         known = ", ".join(f"{key} ({about})" for key, (about, _) in RECIPES.items())
         raise ValueError(f"unknown recipe {name!r}; expected one of: {known}.")

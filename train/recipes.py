@@ -125,7 +125,7 @@ DEMO = Recipe(
     clip=1.0,
 )
 
-# The demo for photos, where colour does say something: the paper's views, with smaller crops and half the patches hidden.
+# The demo for photos, where colour does say something: the views of the paper, half of the patches hidden.
 PHOTOS = dataclasses.replace(
     DEMO, data=None, image_size=64, hide_ratio=0.5, views=ViewConfig(crops=2), epochs=24, warmup_epochs=1
 )

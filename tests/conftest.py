@@ -2,18 +2,34 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from PIL import Image
-
 ROOT = Path(__file__).parent.parent
+os.environ["XDG_CACHE_HOME"] = str(ROOT / ".cache")  # read on import; drawn petals stay there, photos of tests do not
+
+import pytest  # noqa: E402 - after the environment, which is read on import
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
 sys.path.insert(0, str(ROOT / "train"))  # scripts import their neighbours, as they do when run
 sys.path.insert(0, str(ROOT / "eval"))
+
+
+def pytest_sessionfinish():
+    for file in (ROOT / ".cache").rglob("*.images*"):
+        file.unlink()
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def write_photo(path: Path, height: int, width: int, *, seed: int = 0, channel: int = 0) -> None:
+    """Noise, with one of the three channels full."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 255, (height, width, 3), generator=generator).byte()
+    pixels[..., channel] = 255
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.numpy()).save(path)
 
 
 @pytest.fixture
@@ -24,12 +40,10 @@ def photos(tmp_path):
         generator = torch.Generator().manual_seed(0)
         root = tmp_path / name
         for number, (folder, count) in enumerate(sorted(counts.items())):
-            (root / folder).mkdir(parents=True, exist_ok=True)
             for index in range(count):
-                height, width = torch.randint(40, 70, (2,), generator=generator).tolist()
-                pixels = torch.randint(0, 255, (height, width, 3), generator=generator).byte()
-                pixels[..., number % 3] = 255
-                Image.fromarray(pixels.numpy()).save(root / folder / f"{index}.png")
+                sides = torch.randint(40, 70, (2,), generator=generator).tolist()
+                seed = 1000 * number + index
+                write_photo(root / folder / f"{index}.png", *sides, seed=seed, channel=number % 3)
         root.mkdir(exist_ok=True)
         return root
 

@@ -61,7 +61,9 @@ def test_a_run_on_photos(labelled, tmp_path, monkeypatch, capsys):
     features = load_encoder(out)(torch.zeros(1, 3, 32, 32))
     assert features.shape == (1, 16, 96)
     assert (out / "tokens.png").read_bytes()[:4] == b"\x89PNG"
-    assert json.loads((out / "recipe.json").read_text())["data"] == str(labelled)
+    assert json.loads((out / "recipe.json").read_text())["source"]["data"] == str(labelled)
+    assert summary["data"]["images"] == {"pretrain": 20, "fit": 18, "test": 8} and summary["data"]["protocol"] == "clean"
+    assert 0 < summary["input_share"] < 1 and "waited for input" in printed
     assert list(out.rglob("events.out.tfevents*"))
 
     message, _ = run(arguments, monkeypatch, capsys)
@@ -93,7 +95,7 @@ def test_recipes_hold_the_published_values():
 
 def test_thirty_demo_steps_lower_the_loss(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    steps = 30 / (4000 // 16)
+    steps = 30 / (5000 // 16)
     arguments = ["--batch-size", 16, "--epochs", steps, "--warmup-epochs", steps / 6, "--out", out]
     monkeypatch.setattr(pretrain, "knn_report", lambda *a, **k: {"pixels": None, "init": None, "pretrained": None})
     message, _ = run(arguments, monkeypatch, capsys)
@@ -155,12 +157,14 @@ MISTAKES = {
     "hide ratio 0": (["--hide-ratio", "0"], r"hide_ratio 0.0 is outside (0, 1)"),
     "hide ratio 1": (["--hide-ratio", "1"], r"hide_ratio 1.0 is outside (0, 1)"),
     "no folder": (["--data", "nowhere"], "nowhere: no such folder"),
-    "no data": (["flowers102"], "recipe flowers102 needs --data PATH"),
-    "batch size": (["--batch-size", "5000"], "batch_size 5000 is larger than the data set (4000 images"),
+    "no data": (["photos"], "--data needs a folder of images"),
+    "batch size": (["--batch-size", "6000"], "batch_size 6000 is larger than the data set (5000 images"),
     "accumulate": (["--accumulate", "7"], "does not divide"),
     "one crop": (["--crops", "1"], "invariance compares crops of one image"),
     "not a number": (["--epochs", "many"], "--epochs"),
     "crop scale": (["--crop-scale", "0.5", "2.0"], "crop_scale is (0.5, 2.0)"),
+    "workers": (["--workers", "-1"], "workers -1 must be 0 or more"),
+    "no such set": (["--data", "flowers103"], "flowers103: no such folder; expected a folder of images, hf:OWNER/NAME"),
     "warm-up": (["--warmup-epochs", "99"], "must be less than epochs"),
 }
 
@@ -173,6 +177,32 @@ def test_mistakes_end_in_one_line(name, tmp_path, monkeypatch, capsys):
     assert message is not None and message.startswith("error: ") and expected in message
     assert "\n" not in message
     assert not out.exists()
+
+
+def test_unreadable_images_stop_or_are_left_out(labelled, tmp_path, monkeypatch, capsys):
+    (labelled / "train" / "a" / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
+    (labelled / "train" / "b" / "empty.jpg").touch()
+    out = tmp_path / "run"
+    arguments = [*TINY, "--data", labelled, "--out", out, "--epochs", 1, "--warmup-epochs", 0]
+    message, _ = run(arguments, monkeypatch, capsys)
+    assert message.startswith("error: 2 of 30 images cannot be read") and not out.exists()
+    assert len(message.splitlines()) == 3 and "train/a/torn.jpg: " in message
+    message, printed = run([*arguments, "--skip-unreadable"], monkeypatch, capsys)
+    assert message is None and "2 images cannot be read and are left out" in printed
+    listed = (out / "unreadable.txt").read_text().splitlines()
+    assert [line.split(": ")[0] for line in listed] == ["train/a/torn.jpg", "train/b/empty.jpg"]
+    assert json.loads((out / "summary.json").read_text())["data"]["unreadable"] == 2
+
+
+def test_streaming_is_the_same_run(labelled, tmp_path, monkeypatch, capsys):
+    """Decoded in every epoch by workers, or once: the images are the same, so the losses are."""
+    curves = []
+    for flags in ((), ("--cache", "none", "--workers", 2)):
+        out = tmp_path / str(len(curves))
+        message, _ = run([*TINY, "--data", labelled, "--out", out, "--epochs", 2, *flags], monkeypatch, capsys)
+        assert message is None
+        curves.append([line["loss"] for line in metrics(out)])
+    assert curves[0] == curves[1] and len(curves[0]) == 4
 
 
 @pytest.mark.parametrize("make", ["empty", "no images", "empty class"])

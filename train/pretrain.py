@@ -2,15 +2,16 @@
 
     accelerate launch train/pretrain.py                                     # the demo
     accelerate launch train/pretrain.py --data PHOTOS --image-size 64       # your own folder
-    accelerate launch train/pretrain.py flowers102 --data PATH --batch-size 128
+    accelerate launch train/pretrain.py flowers102 --batch-size 128         # the paper's recipe and data
 
 The run folder (`--out`, default runs/RECIPE) ends with `encoder.safetensors` + `encoder.json`, `metrics.jsonl` (one
-line per optimizer step), `recipe.json`, `tokens.png` and `summary.json`.
+line per optimizer step), `recipe.json`, `tokens.png`, `summary.json` and, if images were left out, `unreadable.txt`.
 """
 
 import contextlib
 import dataclasses
 import json
+import os
 import platform
 import resource
 import sys
@@ -25,36 +26,48 @@ from report import draw_tokens, knn_report, knn_table
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from scott_sparse import MIMJEPA, draw_visible, save_encoder
-from scott_sparse.data import Data, open_data, short_side_for
+from scott_sparse import MIMJEPA, save_encoder
+from scott_sparse.batches import Batches, load
+from scott_sparse.cache import cores
+from scott_sparse.data import Data, UnreadableImages, open_data, short_side_for, unreadable_lines
 from scott_sparse.jepa import draw_directions, make_target, target_features, update_target
 from scott_sparse.optimizer import adamw, set_schedules
-from scott_sparse.randomness import batch_indices, generator_at, seed_at
+from scott_sparse.randomness import generator_at, seed_at
 from scott_sparse.schedules import Schedules
 from scott_sparse.sparse import choose_engine
-from scott_sparse.views import draw_views, make_views
+from scott_sparse.views import make_views
 from scott_sparse.weights import write_beside
 
-RUN_FILES = ("recipe.json", "metrics.jsonl", "encoder.safetensors", "encoder.json", "tokens.png", "summary.json")
+WEIGHTS = ("encoder.safetensors", "encoder.json")
+RUN_FILES = ("recipe.json", "metrics.jsonl", *WEIGHTS, "tokens.png", "summary.json", "unreadable.txt")
 
 
 def main() -> None:
     started = time.perf_counter()
     try:
         name, recipe, out, accelerator, data, model = prepare(sys.argv[1:])
+    except UnreadableImages as mistake:
+        stop(str(mistake))
     except (ValueError, OSError) as mistake:
-        sys.exit(f"error: {' '.join(str(mistake).split())}")
+        stop(" ".join(str(mistake).split()))
     console = Console(quiet=not accelerator.is_main_process)
     target = make_target(model.encoder)
     initial = make_target(model.encoder)
     engine = describe_engine(recipe, accelerator.device)
     parameters = sum(p.numel() for p in model.encoder.parameters())
     console.print(
-        f"{name}: {len(data.train):,} images at {recipe.sides[0]} x {recipe.sides[1]} px, encoder {recipe.size} "
+        f"{name}: {len(data.pretrain):,} images ({recipe.source.protocol} protocol) at {recipe.sides[0]} x "
+        f"{recipe.sides[1]} px, encoder {recipe.size} "
         f"({parameters / 1e6:.1f} M parameters), engine {engine}, {accelerator.num_processes} x "
         f"{accelerator.device.type}, precision {accelerator.mixed_precision}; "
         f"loss terms: {', '.join(recipe.objective.terms)}"
     )
+    if data.unreadable:
+        console.print(f"{len(data.unreadable):,} images cannot be read and are left out: see {out / 'unreadable.txt'}")
+    if data.leaked:
+        console.print(
+            f"{data.leaked:,} of the {len(data.report):,} test images are also in the training set, pixel for pixel"
+        )
     training = train(recipe, out, accelerator, data, model, target, console)
 
     accelerator.wait_for_everyone()
@@ -71,8 +84,14 @@ def main() -> None:
             "peak_memory_mib": peak_memory_mib(device),
             "engine": engine,
             "terms": recipe.objective.terms,
-            "protocol": "clean",
-            "images": {"train": len(data.train), "held_out": len(data.held_out) if data.held_out else 0},
+            "data": {
+                "source": recipe.source.data,
+                "protocol": recipe.source.protocol,
+                "fingerprint": data.fingerprint,
+                "images": {"pretrain": len(data.pretrain), "fit": len(data.fit), "test": len(data.report or ())},
+                "unreadable": len(data.unreadable),
+                "test_images_also_in_training": data.leaked,
+            },
             "encoder_parameters": parameters,
             "processes": accelerator.num_processes,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
@@ -84,9 +103,15 @@ def main() -> None:
         if table is not None:
             console.print(table)
         console.print(
-            f"{summary['seconds']:.0f} s in all; results in {out}: summary.json, tokens.png, encoder.safetensors"
+            f"{summary['seconds']:.0f} s in all, {100 * summary['input_share']:.0f} % of training waited for input; "
+            f"results in {out}: summary.json, tokens.png, encoder.safetensors"
         )
     accelerator.end_training()
+
+
+def stop(mistake: str) -> None:
+    """End with one process's word for all of them."""
+    sys.exit(f"error: {mistake}" if os.environ.get("RANK", "0") == "0" else 1)
 
 
 def prepare(arguments: list[str]) -> tuple[str, Recipe, Path, Accelerator, Data, MIMJEPA]:
@@ -109,10 +134,10 @@ def prepare(arguments: list[str]) -> tuple[str, Recipe, Path, Accelerator, Data,
         )
     if recipe.tokenizer == "scott":
         choose_engine(recipe.engine, accelerator.device)
-    data = open_data(recipe.data, short_side=short_side_for(recipe.sides))
-    if recipe.batch_size > len(data.train):
+    data = open_data(recipe.source, short_side=short_side_for(recipe.sides))
+    if recipe.batch_size > len(data.pretrain):
         raise ValueError(
-            f"batch_size {recipe.batch_size} is larger than the data set ({len(data.train)} images to train on); "
+            f"batch_size {recipe.batch_size} is larger than the data set ({len(data.pretrain)} images to train on); "
             f"use --batch-size {len(data.train) // slices * slices or slices} or less."
         )
     set_seed(recipe.seed)
@@ -124,13 +149,15 @@ def prepare(arguments: list[str]) -> tuple[str, Recipe, Path, Accelerator, Data,
             (out / file).unlink(missing_ok=True)
         fields = json.dumps({"recipe": name, **dataclasses.asdict(recipe)}, indent=2, default=str) + "\n"
         write_beside(out / "recipe.json", lambda path: path.write_text(fields))
+        if data.unreadable:
+            (out / "unreadable.txt").write_text("\n".join([*unreadable_lines(data.unreadable), ""]))
     accelerator.wait_for_everyone()
     return name, recipe, out, accelerator, data, model
 
 
 def train(recipe: Recipe, out: Path, accelerator: Accelerator, data: Data, model, target, console) -> dict:
     """The loop. Returns what the summary says of it."""
-    steps_per_epoch = len(data.train) // recipe.batch_size
+    steps_per_epoch = len(data.pretrain) // recipe.batch_size
     total_steps = max(round(recipe.epochs * steps_per_epoch), 1)
     schedules = Schedules(
         total_steps=total_steps,
@@ -154,19 +181,27 @@ def train(recipe: Recipe, out: Path, accelerator: Accelerator, data: Data, model
 
     model.train()
     log = Log(recipe, out, accelerator, console, total_steps, steps_per_epoch)
+    batches = load_batches(recipe, accelerator, data, range(total_steps))
     with log:
         for step in range(total_steps):
+            with log.input_time():
+                parts = next(batches)
             set_schedules(optimizer, schedules, step)
             torch.manual_seed(seed_at(recipe.seed, "dropout", step, accelerator.process_index))
+            directions = directions_at(recipe, step, accelerator.device)
             losses = []
-            for part, batch in enumerate(batches(recipe, accelerator, data, step)):
+            for number, part in enumerate(parts):
+                with log.input_time():
+                    cuts = part.cuts.to(accelerator.device, non_blocking=True)
+                    context, uncovered = make_views(cuts, part.views, size=recipe.sides)
+                visible = part.visible.to(accelerator.device, non_blocking=True)
                 # 1. The target encoder looks at the whole of each image's first crop.
                 with accelerator.autocast():
-                    targets = target_features(target, batch["target"])
+                    targets = target_features(target, uncovered)
                 # 2. The context encoder sees what is visible, the predictor answers for what is hidden.
-                last = part == recipe.accumulate - 1
+                last = number == recipe.accumulate - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    terms = model(batch["context"], batch["visible"], targets, batch["directions"])
+                    terms = model(context, visible, targets, directions)
                     accelerator.backward(terms["loss"])
                 losses.append({key: value.detach() for key, value in terms.items()})
             # 3. Update, and let the target follow.
@@ -187,38 +222,34 @@ def train(recipe: Recipe, out: Path, accelerator: Accelerator, data: Data, model
     return log.summary()
 
 
-def batches(recipe: Recipe, accelerator: Accelerator, data: Data, step: int):
-    """This process's parts of the global batch of a step, one per accumulation step.
+def directions_at(recipe: Recipe, step: int, device: torch.device) -> torch.Tensor | None:
+    """SIGReg's random directions of a step, the same for all processes and crops."""
+    if not recipe.objective.invariance:
+        return None
+    generator = generator_at(recipe.seed, "directions", step)
+    return draw_directions(recipe.objective.projector[1], recipe.objective.directions, generator=generator).to(device)
 
-    Indices, crops, colours and masks are drawn for the global batch from (seed, step), then sliced.
-    """
-    indices = batch_indices(step, images=len(data.train), batch=recipe.batch_size, seed=recipe.seed)
-    views = draw_views(data.train.sizes[indices], recipe.views, generator=generator_at(recipe.seed, "views", step))
-    crops = recipe.views.crops
-    visible = draw_visible(
-        recipe.batch_size * crops,
+
+def load_batches(recipe: Recipe, accelerator: Accelerator, data: Data, steps: range):
+    """This process's batches of some steps, prepared by as many workers as serve."""
+    batches = Batches(
+        data.pretrain,
+        recipe.views,
         recipe.grid,
-        hide_ratio=recipe.hide_ratio,
-        shape=recipe.mask,
-        generator=generator_at(recipe.seed, "masks", step),
-    ).unflatten(0, (recipe.batch_size, crops))
-    directions = None
-    if recipe.objective.invariance:
-        generator = generator_at(recipe.seed, "directions", step)
-        directions = draw_directions(recipe.objective.projector[1], recipe.objective.directions, generator=generator)
-        directions = directions.to(accelerator.device)
-    size = recipe.batch_size // (accelerator.num_processes * recipe.accumulate)
-    for part in range(recipe.accumulate):
-        start = (part * accelerator.num_processes + accelerator.process_index) * size
-        rows = slice(start, start + size)
-        pixels, _ = data.train.batch(indices[rows])
-        context, target = make_views(pixels.to(accelerator.device), views[rows], size=recipe.sides)
-        yield {
-            "context": context,
-            "target": target[:, 0],
-            "visible": visible[rows].to(accelerator.device),
-            "directions": directions,
-        }
+        recipe.hide_ratio,
+        recipe.mask,
+        recipe.batch_size,
+        recipe.seed,
+        accumulate=recipe.accumulate,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    on_gpu = accelerator.device.type == "cuda"
+    workers = recipe.workers
+    if workers is None:
+        share = max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+        workers = share if recipe.source.cache == "none" else min(share, 4) if on_gpu else 0
+    return load(batches, steps, workers=workers, pin=on_gpu)
 
 
 class Log:
@@ -242,6 +273,7 @@ class Log:
         )
         self.task = self.progress.add_task("", total=total_steps, epoch="1", loss="-", rate="-")
         self.started, self.seconds, self.done = time.perf_counter(), 0.0, 0
+        self.input_seconds = 0.0
 
     def __enter__(self):
         self.progress.start()
@@ -251,6 +283,13 @@ class Log:
         self.progress.stop()
         if self.file:
             self.file.close()
+
+    @contextlib.contextmanager
+    def input_time(self):
+        """Counts what the step waits for its input: on a GPU the launch of the work on views, not the work."""
+        started = time.perf_counter()
+        yield
+        self.input_seconds += time.perf_counter() - started
 
     def add(self, step: int, tensors: dict, numbers: dict) -> None:
         self.waiting.append((step, tensors, numbers))
@@ -289,6 +328,7 @@ class Log:
         return {
             "train_seconds": round(self.seconds, 1),
             "images_per_second": round(self.done * self.recipe.batch_size / self.seconds, 1),
+            "input_share": round(self.input_seconds / self.seconds, 4),
             "steps": self.done,
             "loss": {"first": self.first_loss, "last": self.last_loss},
         }

@@ -11,6 +11,7 @@ from typing import Literal
 
 import tyro
 
+from scott_sparse.data import DataConfig
 from scott_sparse.jepa import ObjectiveConfig
 from scott_sparse.masks import visible_count
 from scott_sparse.tokenizer import patches_along
@@ -20,8 +21,7 @@ from scott_sparse.vit import EncoderConfig
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    data: str | None = None
-    """'petals' (drawn, embedded) or a folder of images, with or without train/val/test and class folders."""
+    source: DataConfig = DataConfig()
     out: Path | None = None
     """Run folder; default runs/RECIPE."""
     overwrite: bool = False
@@ -67,6 +67,9 @@ class Recipe:
     """Largest gradient norm."""
 
     # The machine.
+    workers: int | None = None
+    """Processes that prepare batches ahead. Default: as many as the cores allow where images are decoded in every epoch
+    or a GPU trains, else 0: on a CPU they would take the cores that train."""
     compile: bool = False
     """torch.compile the trained model and the target encoder."""
     tracker: Literal["tensorboard"] | None = None
@@ -75,6 +78,8 @@ class Recipe:
 
     def validate(self) -> None:
         """Raise ValueError for values that do not go together, naming field, value and remedy."""
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers {self.workers} must be 0 or more.")
         for name in ("epochs", "batch_size", "accumulate", "lr", "log_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive.")
@@ -103,11 +108,11 @@ class Recipe:
         return EncoderConfig.named(self.size, **{name: getattr(self, name) for name in (*fields, *rates)})
 
 
-FLOWERS102 = Recipe(dropout=0.2, attention_dropout=0.1, drop_path=0.1)
+FLOWERS102 = Recipe(source=DataConfig(data="flowers102"), dropout=0.2, attention_dropout=0.1, drop_path=0.1)
 
 # Chosen on petals' val split. Strong colour jitter and grey: in drawn flowers colour says nothing about the class.
 DEMO = Recipe(
-    data="petals",
+    source=DataConfig(data="petals"),
     image_size=48,
     size="demo",
     patch_size=8,
@@ -115,7 +120,7 @@ DEMO = Recipe(
     hide_ratio=0.4,
     objective=ObjectiveConfig(predictor_depth=1, context="visible", invariance=1.0),
     views=ViewConfig(crops=2, crop_scale=(0.7, 1.0), colour=1.0, jitter=(0.6, 0.6, 0.6, 0.5), jitter_p=1.0, grey=0.3),
-    epochs=6,
+    epochs=5,
     batch_size=32,
     lr=2e-3,
     warmup_epochs=0.5,
@@ -127,7 +132,7 @@ DEMO = Recipe(
 
 # The demo for photos, where colour does say something: the views of the paper, half of the patches hidden.
 PHOTOS = dataclasses.replace(
-    DEMO, data=None, image_size=64, hide_ratio=0.5, views=ViewConfig(crops=2), epochs=24, warmup_epochs=1
+    DEMO, source=DataConfig(), image_size=64, hide_ratio=0.5, views=ViewConfig(crops=2), epochs=24, warmup_epochs=1
 )
 
 RECIPES = {
@@ -136,7 +141,7 @@ RECIPES = {
         "the demo's model and loss with the paper's mild colours, 64 px; what a plain --data FOLDER runs",
         PHOTOS,
     ),
-    "flowers102": ("the paper's recipe as published: 224 px, 300 epochs; needs --data", FLOWERS102),
+    "flowers102": ("the paper's recipe as published, and its data set: 224 px, 300 epochs", FLOWERS102),
 }
 
 
@@ -149,7 +154,7 @@ def parse(arguments: list[str]) -> tuple[str, Recipe]:
         name, arguments = arguments[0], arguments[1:]
     else:
         name, recipe = parse(["demo", *arguments])
-        if recipe.data == "petals":
+        if recipe.source.data == "petals":
             return name, recipe
         name = "photos"
     if name not in RECIPES:
@@ -169,14 +174,16 @@ def parse(arguments: list[str]) -> tuple[str, Recipe]:
         )
     )
     if unknown:
-        fields = {field.name for part in (Recipe, ObjectiveConfig, ViewConfig) for field in dataclasses.fields(part)}
+        fields = {
+            field.name
+            for part in (Recipe, DataConfig, ObjectiveConfig, ViewConfig)
+            for field in dataclasses.fields(part)
+        }
         flags = [f"--{field.replace('_', '-')}" for field in sorted(fields)]
         close = difflib.get_close_matches(unknown[0], flags, n=1)
         meant = f"did you mean {close[0]}? " if close else ""
         raise ValueError(f"unknown option {unknown[0]}; {meant}--help lists all.")
     recipe.validate()
-    if recipe.data is None:
-        raise ValueError(f"recipe {name} needs --data PATH, a folder of images (or --data petals).")
     return name, recipe
 
 

@@ -8,20 +8,21 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from scott_sparse.data import Data
-from scott_sparse.knn import knn_accuracy, mean_token_features, pixel_features
+from scott_sparse.features import mean_token_features, pixel_features, whole_images
+from scott_sparse.knn import knn_accuracy
 from scott_sparse.masks import draw_visible
 from scott_sparse.randomness import generator_at
 from scott_sparse.shapes import Float, Tensor
-from scott_sparse.views import IMAGENET_MEAN, IMAGENET_STD, whole
+from scott_sparse.views import IMAGENET_MEAN, IMAGENET_STD
 from scott_sparse.vit import Encoder
 
 
 def knn_report(data: Data, initial: Encoder, pretrained: Encoder, *, size: tuple[int, int], device) -> dict[str, float]:
-    """k-NN accuracy in per cent on the held-out images, of raw pixels and of both encoders; None without labels."""
+    """k-NN accuracy in per cent on the test images, of raw pixels and of both encoders; None without labels."""
     names = ("pixels", "init", "pretrained")
-    if data.classes is None or data.held_out is None:
+    if data.classes is None:
         return dict.fromkeys(names)
-    parts = (data.train, data.held_out)
+    parts = (data.fit, data.report)
     features = [
         [pixel_features(part, size=size) for part in parts],
         *[[mean_token_features(e, part, size=size, device=device) for part in parts] for e in (initial, pretrained)],
@@ -35,7 +36,7 @@ def knn_table(data: Data, knn: dict[str, float], terms: tuple[str, ...]) -> Tabl
         return None
     chance = 100 / len(data.classes)
     table = Table(
-        title=f"k-NN on {len(data.held_out):,} held-out images, {len(data.classes)} classes (chance {chance:.1f} %)"
+        title=f"k-NN on {len(data.report):,} test images, {len(data.classes)} classes (chance {chance:.1f} %)"
     )
     table.add_column("features")
     table.add_column("accuracy", justify="right")
@@ -48,9 +49,9 @@ def knn_table(data: Data, knn: dict[str, float], terms: tuple[str, ...]) -> Tabl
 @torch.inference_mode()
 def draw_tokens(path: Path, data: Data, initial: Encoder, pretrained: Encoder, *, recipe, device, columns: int = 10):
     """Write a PNG with one column per image; rows: image, visible patches, PCA of the tokens before and after."""
-    shown = data.held_out or data.train
+    shown = data.report or data.pretrain
     indices = torch.linspace(0, len(shown) - 1, min(columns, len(shown))).long()
-    images = whole(*shown.batch(indices), size=recipe.sides)
+    images = whole_images(shown, indices, size=recipe.sides)
     visible = draw_visible(
         len(images), recipe.grid, hide_ratio=recipe.hide_ratio, shape=recipe.mask, generator=generator_at(0, "figure")
     )

@@ -1,0 +1,192 @@
+"""Images per second of the input: this project's, cached and not, against torchvision's PIL transforms in a DataLoader.
+
+    python benchmarks/input.py                     # draws 13,000 JPEGs of 500 x 375 pixels first
+    python benchmarks/input.py --data PHOTOS
+
+All three make the paper's two views of each image (one crop and flip, two colourings, normalised) on the same cores.
+Rounds are interleaved; the table has medians and, in brackets, the lowest and highest round. On a GPU this project's
+views are made there, while torchvision's stay on the CPU, as they do in use.
+"""
+
+import dataclasses
+import re
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import tyro
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from scott_sparse.batches import Batches, load
+from scott_sparse.cache import cores
+from scott_sparse.data import DataConfig, open_data, short_side_for
+from scott_sparse.sources import walk
+from scott_sparse.views import IMAGENET_MEAN, IMAGENET_STD, ViewConfig, make_views
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    data: Path | None = None
+    """Folder of photos; drawn ones if not given."""
+    images: int = 13_000
+    """To draw."""
+    image_size: int = 224
+    batch_size: int = 64
+    rounds: int = 5
+    seconds: float = 8.0
+    """Of each round and path."""
+
+
+class PilViews(Dataset):
+    """What a user of torchvision writes: decode, crop, colour and normalise one image at a time, with PIL."""
+
+    def __init__(self, files: list[Path], config: ViewConfig, size: int):
+        self.files = files
+        self.crop = v2.Compose(
+            [
+                v2.RandomResizedCrop(size, config.crop_scale, config.crop_ratio, v2.InterpolationMode.BICUBIC),
+                v2.RandomHorizontalFlip(config.flip),
+            ]
+        )
+        jitter = v2.RandomApply([v2.ColorJitter(*config.jitter)], config.jitter_p)
+        blur = v2.RandomApply([v2.GaussianBlur(9, config.blur_sigma)], config.blur)
+        self.colour = v2.Compose(
+            [
+                v2.RandomApply([v2.RandomOrder([jitter, v2.RandomGrayscale(config.grey), blur])], config.colour),
+                v2.PILToTensor(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        with Image.open(self.files[i]) as image:
+            crop = self.crop(image.convert("RGB"))
+        return self.colour(crop), self.colour(crop)
+
+
+def draw_photos(folder: Path, count: int) -> None:
+    """JPEGs that cost what photos cost: smooth shapes and noise, about 60 kB each at 500 x 375."""
+    generator = torch.Generator().manual_seed(0)
+    for i in track(range(count), description="drawing photos", transient=True):
+        if i < 64:  # as many different ones as a cache of the processor cannot hold; the rest are copies
+            coarse = torch.rand(1, 3, 12, 16, generator=generator)
+            picture = torch.nn.functional.interpolate(coarse, (375, 500), mode="bicubic")[0]
+            picture = picture + 0.08 * torch.randn(3, 375, 500, generator=generator)
+            pixels = (picture.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(folder / f"{i:05d}.jpg", quality=90)
+        else:
+            shutil.copyfile(folder / f"{i % 64:05d}.jpg", folder / f"{i:05d}.jpg")
+
+
+def main() -> None:
+    settings = tyro.cli(Settings)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = settings.data or Path(scratch, "photos")
+        if settings.data is None:
+            folder.mkdir()
+            draw_photos(folder, settings.images)
+        measure(settings, folder, Path(scratch, "cache"))
+
+
+def measure(settings: Settings, folder: Path, cache_dir: Path) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(cores())
+    config, size = ViewConfig(), (settings.image_size, settings.image_size)
+
+    def first_batch(cache: str) -> tuple[float, Batches]:
+        started = time.perf_counter()
+        source = DataConfig(data=str(folder), cache=cache, cache_dir=cache_dir)
+        images = open_data(source, short_side=short_side_for(size)).pretrain
+        batches = Batches(images, config, (14, 14), 0.6, "block", settings.batch_size, seed=0)
+        (part,) = batches[0]
+        make_views(part.cuts.to(device), part.views, size=size)
+        return time.perf_counter() - started, batches
+
+    fresh, cached = first_batch("disk")
+    again, cached = first_batch("disk")
+    scanned, streamed = first_batch("none")
+    files = walk(folder)
+
+    def ours(batches: Batches, workers: int):
+        for (part,) in load(batches, range(10**6), workers=workers, pin=device.type == "cuda"):
+            yield make_views(part.cuts.to(device, non_blocking=True), part.views, size=size)
+
+    def torchvision():
+        views = PilViews(files, config, settings.image_size)
+        while True:
+            yield from DataLoader(views, settings.batch_size, shuffle=True, num_workers=cores(), drop_last=True)
+
+    paths = {
+        "cached": lambda: ours(cached, 0 if device.type == "cpu" else min(cores(), 4)),
+        "uncached (--cache none)": lambda: ours(streamed, cores()),
+        "torchvision, PIL, DataLoader": torchvision,
+    }
+    rates = {name: [] for name in paths}
+    for _ in range(settings.rounds):
+        for name, path in paths.items():
+            rates[name].append(rate(path(), settings, device))
+    show(settings, files, rates, device)
+    print(f"first batch of {len(files):,} files: {fresh:.1f} s, cached {again:.2f} s, --cache none {scanned:.1f} s")
+    used = ", ".join(f"{mib:,}" for mib in memory(ours(cached, 0)))
+    print(f"memory of the process without the page cache, after each of 5 x 40 cached batches: {used} MiB")
+
+
+def rate(views, settings: Settings, device: torch.device) -> float:
+    """Images per second, after two batches for workers to start."""
+    for _ in range(2):
+        next(views)
+    wait(device)
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < settings.seconds:
+        next(views)
+        wait(device)
+        count += settings.batch_size
+    return count / (time.perf_counter() - started)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def memory(views, times: int = 5, batches: int = 40) -> list[int]:
+    """Anonymous memory in MiB (Linux) after each of some times that many batches."""
+    used = []
+    for _ in range(times):
+        for _ in range(batches):
+            next(views)
+        status = Path("/proc/self/status").read_text()
+        used.append(int(re.search(r"RssAnon:\s+(\d+)", status).group(1)) // 2**10)
+    return used
+
+
+def spread(numbers: list[float], digits: int) -> str:
+    return f"{statistics.median(numbers):,.{digits}f} ({min(numbers):,.{digits}f} - {max(numbers):,.{digits}f})"
+
+
+def show(settings: Settings, files: list[Path], rates: dict[str, list[float]], device: torch.device) -> None:
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    table = Table(title=f"two {settings.image_size} px views, {len(files):,} files, {cores()} cores, {name}")
+    for column in ("path", "images/s", "against PIL"):
+        table.add_column(column, justify="left" if column == "path" else "right")
+    *_, baseline = rates.values()
+    for path, measured in rates.items():
+        ratios = [one / other for one, other in zip(measured, baseline)]
+        table.add_row(path, spread(measured, 0), spread(ratios, 2))
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,7 +21,7 @@ from scott_sparse.views import ViewConfig, Views, draw_views
 class Batch:
     """One process's share of a forward pass."""
 
-    cuts: UInt8[Tensor, "B V 3 H W"]
+    cuts: UInt8[Tensor, "B V H W 3"]
     """Crops as they are in the images, padded below and right."""
     views: Views
     visible: Bool[Tensor, "B V N"]

@@ -1,6 +1,6 @@
 """Decode once: every picture of a source as uint8 in one memory-mapped file, shared by all processes of a machine.
 
-A file in the cache folder is the pixels of the readable pictures one behind the other (each 3 x h x w), then the
+A file in the cache folder is the pixels of the readable pictures one behind the other (each h x w x 3), then the
 index (safetensors), then a trailer with the index's length and digest. It is written beside and renamed, under a lock
 that dies with its owner. A file is used only if trailer, index, sampled pixels and fingerprint fit, else it is made
 anew; the fingerprint covers the settings and the name, size and time of every file.
@@ -42,7 +42,7 @@ class Decoded:
     """The pictures of a source as uint8 RGB."""
 
     read: Callable[[int], np.ndarray]
-    """Picture i, (3, h, w)."""
+    """Picture i, (h, w, 3)."""
     sizes: Int[Tensor, "n 2"]
     """Height and width; 0, 0 where a picture cannot be read."""
     digests: Int[Tensor, " n"]
@@ -98,7 +98,7 @@ class Mapped:
 
     def __call__(self, i: int) -> np.ndarray:
         (h, w), start = self.shapes[i], self.starts[i]
-        return self.pixels[start : start + 3 * h * w].reshape(3, h, w)
+        return self.pixels[start : start + 3 * h * w].reshape(h, w, 3)
 
     def __reduce__(self):
         return Mapped, (self.path, self.sizes)  # another process maps the file anew
@@ -192,7 +192,7 @@ def _write(path: Path, source: Source, title: str, short_side: int, keep_pixels:
                     unreadable[i] = picture
                     continue
                 pixels, digests[i] = picture
-                sizes[i] = torch.tensor(pixels.shape[1:])
+                sizes[i] = torch.tensor(pixels.shape[:2])
                 if keep_pixels:
                     file.write(pixels)
             length = file.tell()

@@ -72,7 +72,7 @@ class Images:
     """Images of any sizes, read one at a time, and their labels."""
 
     read: Callable[[int], np.ndarray]
-    """The picture in a row of the store, (3, h, w)."""
+    """The picture in a row of the store, (h, w, 3)."""
     rows: Int[Tensor, " n"]
     """Of each image, in the store."""
     sizes: Int[Tensor, "n 2"]
@@ -82,10 +82,10 @@ class Images:
 
     @classmethod
     def of(
-        cls, images: Sequence[UInt8[Tensor, "3 _ _"]] | UInt8[Tensor, "n 3 _ _"], labels: Tensor | None = None
+        cls, images: Sequence[UInt8[Tensor, "_ _ 3"]] | UInt8[Tensor, "n _ _ 3"], labels: Tensor | None = None
     ) -> "Images":
         """Images in memory: a list, or the rows of one tensor."""
-        sizes = torch.tensor([image.shape[1:] for image in images])
+        sizes = torch.tensor([image.shape[:2] for image in images])
         names = [str(i) for i in range(len(images))]
         return cls(_InMemory(images), torch.arange(len(images)), sizes, labels, names)
 
@@ -97,17 +97,17 @@ class Images:
         names = [self.names[i] for i in indices.tolist()]
         return Images(self.read, self.rows[indices], self.sizes[indices], labels, names)
 
-    def cut(self, indices: Int[Tensor, " B"], boxes: Int[Tensor, "B V 4"]) -> UInt8[Tensor, "B V 3 H W"]:
+    def cut(self, indices: Int[Tensor, " B"], boxes: Int[Tensor, "B V 4"]) -> UInt8[Tensor, "B V H W 3"]:
         """V boxes of each image, (top, left, height, width) in pixels, padded below and right to the largest.
 
         Cut before they are batched: an image of 1 x 5000 pixels does not make the whole batch that wide.
         """
         H, W = boxes[..., 2:].amax((0, 1)).tolist()
-        padded = torch.zeros(*boxes.shape[:2], 3, H, W, dtype=torch.uint8)
+        padded = torch.zeros(*boxes.shape[:2], H, W, 3, dtype=torch.uint8)
         for views, row, of_image in zip(padded.numpy(), self.rows[indices].tolist(), boxes.tolist()):
             image = self.read(row)
             for view, (top, left, height, width) in zip(views, of_image):
-                view[:, :height, :width] = image[:, top : top + height, left : left + width]
+                view[:height, :width] = image[top : top + height, left : left + width]
         return padded
 
 
@@ -184,9 +184,7 @@ def find_source(data: str, *, root: Path) -> Source:
     folder = Path(data).expanduser()
     if not folder.is_dir():
         names = ", ".join(("petals", *PUBLISHED))
-        raise ValueError(
-            f"--data {data}: no such folder; expected a folder of images, hf:OWNER/NAME, {names}."
-        )
+        raise ValueError(f"--data {data}: no such folder; expected a folder of images, hf:OWNER/NAME, {names}.")
     return folder_source(folder)
 
 
@@ -224,7 +222,9 @@ def _petals(config: DataConfig, short_side: int) -> Data:
         drawn.append(petals(name, count, size=max(64, short_side // 2), cache=config.cache_dir))
         splits[name] = range(start, start + count)
         start += count
-    images = Images.of(torch.cat([images for images, _, _ in drawn]), torch.cat([labels for *_, labels in drawn]))
+    images = Images.of(
+        torch.cat([images.permute(0, 2, 3, 1) for images, _, _ in drawn]), torch.cat([labels for *_, labels in drawn])
+    )
     roles = select(config.protocol, splits, images.names, images.labels.tolist())
     return _data(images, roles, CLASSES, torch.arange(start), {})
 

@@ -4,6 +4,7 @@ What a viewer shows is what is read: EXIF orientation is applied, transparency l
 of an animation the first frame counts.
 """
 
+import contextlib
 import errno
 import io
 import stat
@@ -18,18 +19,19 @@ from scott_sparse.shapes import Tensor, UInt8
 
 # What collections of photos hold. Pillow knows others, some of which start a program (EPS) or fetch what they name.
 Image.init()
-FORMATS = [name for name in "JPEG PNG WEBP GIF BMP TIFF PPM JPEG2000 AVIF".split() if name in Image.OPEN]
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+FORMATS = [name for name in FORMATS if name in Image.OPEN]
 MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow refuses more, and warns from half of it on
 
-# Not around each call: warning filters are shared by all threads.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Of damaged EXIF blocks and large pictures. Not around each call: warning filters are shared by all threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class Unreadable(ValueError):
     """A picture that cannot be read; the message is the reason, one line without the path."""
 
 
-def decode(picture: Path | io.BytesIO | Image.Image, short_side: int) -> UInt8[Tensor, "3 h w"]:
+def decode(picture: Path | io.BytesIO | Image.Image, short_side: int) -> UInt8[Tensor, "h w 3"]:
     """Read a picture; a shorter side above `short_side` pixels is shrunk to it (bicubic, antialiased).
 
     Raises:
@@ -67,17 +69,15 @@ def _check_file(path: Path) -> None:
         raise Unreadable("an empty file")
 
 
-def _upright_rgb(image: Image.Image, short_side: int) -> UInt8[Tensor, "3 h w"]:
+def _upright_rgb(image: Image.Image, short_side: int) -> UInt8[Tensor, "h w 3"]:
     image.draft("RGB", _at_least(image.size, short_side))  # JPEG: decode at 1/2, 1/4 or 1/8, not below this size
     image.load()
-    try:
+    with contextlib.suppress(Exception):  # a damaged EXIF block says nothing of the orientation; the pixels are whole
         image = ImageOps.exif_transpose(image)
-    except Exception:  # a damaged EXIF block says nothing of the orientation; the pixels are whole
-        pass
     image = _rgb(image)
     if min(image.size) > short_side:
         image = image.resize(_at_least(image.size, short_side), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
+    return torch.from_numpy(np.array(image))
 
 
 def _at_least(size: tuple[int, int], short_side: int) -> tuple[int, int]:

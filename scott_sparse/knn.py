@@ -1,34 +1,12 @@
-"""Frozen features and what their neighbours say: the first question to ask of an encoder."""
+"""What the neighbours of frozen features say: the first question to ask of an encoder, with nothing to train."""
 
 import torch
 import torch.nn.functional as F
 
-from scott_sparse.data import Images
 from scott_sparse.shapes import Float, Int, Tensor
-from scott_sparse.views import whole
-from scott_sparse.vit import Encoder
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
-
-
-@torch.inference_mode()
-def mean_token_features(
-    encoder: Encoder, images: Images, *, size: tuple[int, int], device: torch.device, batch: int = 256
-) -> Float[Tensor, "n D"]:
-    """Mean over the tokens of each whole image (its centre square, for a square `size`), on the CPU."""
-    rows = []
-    for indices in torch.arange(len(images)).split(batch):
-        pixels, sizes = images.batch(indices)
-        rows.append(encoder(whole(pixels.to(device), sizes, size=size)).float().mean(1).cpu())
-    return torch.cat(rows)
-
-
-@torch.inference_mode()
-def pixel_features(images: Images, *, size: tuple[int, int], batch: int = 256) -> Float[Tensor, "n C"]:
-    """The baseline below which nothing was learnt: the resized image itself, flattened."""
-    views = [whole(*images.batch(i), size=size) for i in torch.arange(len(images)).split(batch)]
-    return torch.cat(views).flatten(1)
 
 
 def knn_accuracy(

@@ -9,7 +9,7 @@ Every random number comes from one CPU generator, for the global batch, before a
 on the number of processes.
 
 Axes: B images, V crops of each, K = 2 colourings of each crop (context, target), S = 6 colour steps; H W are
-the sides of the padded input, h w those of the view. A box is (top, left, height, width) in input pixels.
+the sides of the padded cuts, h w those of the view. A box is (top, left, height, width) in pixels of the image.
 
 Source: arXiv 2502.18056 for the recipe; torchvision's v2 transforms for what each operation means.
 """
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 
 from scott_sparse.shapes import Bool, Float, Int, Tensor, UInt8
 
@@ -94,9 +94,6 @@ class Views:
         """The views of some images only: a process's share of the global draw."""
         return Views(self.boxes[rows], self.flip[rows], self.ops[rows], self.amounts[rows])
 
-    def to(self, device: torch.device | str) -> "Views":
-        return Views(*(x.to(device) for x in (self.boxes, self.flip, self.ops, self.amounts)))
-
 
 def draw_views(sizes: Int[Tensor, "B 2"], config: ViewConfig, *, generator: torch.Generator) -> Views:
     """Draw the views of the global batch; `sizes`: (height, width) of each image in pixels, on the CPU.
@@ -161,176 +158,52 @@ def _uniform(shape: Sequence[int], low: float, high: float, *, generator: torch.
     return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
-def crop(
-    images: UInt8[Tensor, "B 3 H W"],
-    boxes: Int[Tensor, "B 4"],
-    flip: Bool[Tensor, " B"],
-    *,
-    size: tuple[int, int],
-) -> Float[Tensor, "B 3 h w"]:
-    """Cut one box out of each image, resize it to `size` = (h, w), mirror where `flip`; pixels in [0, 1].
-
-    Equals crop, then antialiased bicubic resize, then flip. Each is linear and separable, and so is their
-    product: one (h, H) and one (w, W) matrix per image, two matrix products for the whole batch.
-
-    Raises:
-        ValueError: if a box leaves the padded images or is empty.
-    """
-    H, W = images.shape[-2:]
-    start, extent = boxes[:, :2], boxes[:, 2:]
-    if ((start < 0) | (extent < 1) | (start + extent > boxes.new_tensor([H, W]))).any():
-        raise ValueError(
-            f"a box is empty or leaves its {H} x {W} image; expected (top, left, height, width) within the "
-            "image: check that `sizes` holds the (height, width) of this batch."
-        )
-    top, left, height, width = boxes.to(images.device, non_blocking=True).T
-    flip = flip.to(images.device, non_blocking=True)
-    down = _resampling(top, height, torch.zeros_like(flip), inputs=H, outputs=size[0])  # (B, h, H)
-    across = _resampling(left, width, flip, inputs=W, outputs=size[1]).div_(255)  # (B, w, W)
-    rows = rearrange(images.float(), "b c H W -> b (c H) W") @ across.mT
-    return (down[:, None] @ rearrange(rows, "b (c H) w -> b c H w", c=3)).clamp_(0, 1)
-
-
-def _resampling(
-    start: Int[Tensor, " B"],
-    extent: Int[Tensor, " B"],
-    flip: Bool[Tensor, " B"],
-    *,
-    inputs: int,
-    outputs: int,
-) -> Float[Tensor, "B outputs inputs"]:
-    """Weight of each input pixel in each output pixel along one axis, for the pixels [start, start + extent).
-
-    Keys' cubic with a = -1/2, as in Pillow and in torch's `interpolate(antialias=True)`: when shrinking, the
-    kernel widens by the shrink factor; at the interval's ends it is cut and renormalised.
-    """
-    start, extent = start[:, None], extent[:, None]
-    at = torch.arange(outputs, device=start.device)
-    at = torch.where(flip[:, None], outputs - 1 - at, at)
-    step = extent / outputs  # input pixels per output pixel
-    centre = start + (at + 0.5) * step - 0.5  # (B, outputs), in input pixels
-    pixel = torch.arange(inputs, device=start.device)
-    x = (pixel - centre[..., None]).div_(step.clamp(min=1)[..., None]).abs_()  # (B, outputs, inputs)
-    # k(x) = p²(p - 1)/2 + q²(1 - 2q) with p = (2 - x)+ and q = (1 - x)+: both cubic pieces, without a branch.
-    p, q = (2 - x).clamp_(min=0), (1 - x).clamp_(min=0)
-    weights = (p * p).mul_(p.sub_(1)).mul_(0.5).addcmul_(q * q, 1 - 2 * q)
-    weights *= ((pixel >= start) & (pixel < start + extent))[:, None]
-    return weights.div_(weights.sum(-1, keepdim=True))
-
-
-def colour(
-    images: Float[Tensor, "B V 3 h w"], *, ops: Int[Tensor, "B V K S"], amounts: Float[Tensor, "B V K S"]
-) -> Float[Tensor, "B V K 3 h w"]:
-    """Colour each image in K ways; pixels in [0, 1] before and after, `ops` and `amounts` as in `Views`.
-
-    At each step an operation runs once, on exactly the rows whose turn it is: idle rows cost nothing.
-    Brightness, contrast, saturation and greyscale count as one operation, see `_mix`.
-
-    Raises:
-        RuntimeError: from torch, when blurring images with a side below 5 pixels.
-    """
-    B, V, K, S = ops.shape
-    out = images.flatten(0, 1).repeat_interleave(K, 0)  # (B V K, 3, h, w), ours to overwrite
-    ops, amounts = (rearrange(x.cpu(), "b v k s -> s (b v k)") for x in (ops, amounts))
-    rest = 1 - amounts
-    to_grey, to_mean = (ops == SATURATION) | (ops == GREY), ops == CONTRAST
-    params = torch.stack([amounts, rest * to_grey, rest * to_mean], dim=-1)  # (S, B V K, 3)
-
-    # Rows are grouped by kernel on the CPU and sent in two transfers, so that the device is never waited for.
-    kind = torch.tensor([0, 0, 0, 1, 0, 2, 3])[ops]  # by OPS, then IDLE
-    counts = F.one_hot(kind, 4).sum(1).tolist()
-    rows = kind.argsort(1)  # (S, B V K)
-    params = params.take_along_dim(rows[..., None], 1).to(images.device, non_blocking=True)
-    rows = rows.to(images.device, non_blocking=True)
-    for step in range(S):
-        begin = 0
-        for kernel, count in zip((_mix, _turn_hue, _blur), counts[step], strict=False):
-            if count:
-                turn = slice(begin, begin + count)
-                images = out.index_select(0, rows[step, turn])
-                out.index_copy_(0, rows[step, turn], kernel(images, params[step, turn]))
-            begin += count
-    return rearrange(out, "(b v k) c h w -> b v k c h w", b=B, v=V)
-
-
-def _mix(images: Float[Tensor, "N 3 h w"], params: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3 h w"]:
-    """Brightness, contrast, saturation, greyscale: a sum of the image, its grey self and its mean grey."""
-    own, grey_share, mean_share = params.T[..., None, None, None]
-    red, green, blue = images.split(1, dim=1)
-    grey = (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])  # (N, 1, h, w)
-    mean = grey.mean(dim=(2, 3), keepdim=True)
-    return torch.addcmul(grey.mul_(grey_share).add_(mean * mean_share), images, own).clamp_(0, 1)
-
-
-def _turn_hue(images: Float[Tensor, "N 3 h w"], params: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3 h w"]:
-    """Turn the hue by params[:, 0] of the circle, keeping HSV's value and saturation.
-
-    On the hue circle, six units around, a channel is at its highest within 1 of its own place (red 0, green
-    2, blue 4), at its lowest beyond 2, and linear between: so no sextant needs a case of its own.
-    """
-    red, green, blue = images.unbind(1)
-    high, low = images.amax(1), images.amin(1)
-    span = low.neg_().add_(high)
-    from_green, from_blue = (blue - red).add_(span, alpha=2), (red - green).add_(span, alpha=4)
-    hue = torch.where(high == red, green - blue, torch.where(high == green, from_green, from_blue))
-    hue.div_(span.clamp(min=torch.finfo(span.dtype).tiny))  # grey pixels: 0 / tiny, and any hue will do
-    hue.add_(6 * params[:, :1, None])
-    places = torch.arange(0, 6, 2, device=hue.device)[:, None, None]
-    away = hue[:, None] - (places - 3)  # (N, 3, h, w)
-    away.remainder_(6).sub_(3).abs_()  # now the distance around the circle, in [0, 3]
-    return away.sub_(1).clamp_(0, 1).mul_(span.neg_()[:, None]).add_(high[:, None])
-
-
-def _blur(images: Float[Tensor, "N 3 h w"], params: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3 h w"]:
-    """Gaussian blur with sigma = params[:, 0] pixels, kernel 9, reflected borders."""
-    offset = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=images.device)
-    taps = (-((offset / params[:, :1]) ** 2) / 2).softmax(1).T[..., None, None, None]  # (9, N, 1, 1, 1)
-    images = F.pad(images, (BLUR_RADIUS,) * 4, mode="reflect")
-    # Shifted sums, as each image has its own kernel: a grouped convolution is several times slower on a CPU.
-    for dim in (2, 3):
-        side = images.shape[dim] - 2 * BLUR_RADIUS
-        shifted = [images.narrow(dim, start, side) for start in range(len(taps))]
-        images = shifted[0] * taps[0]
-        for part, tap in zip(shifted[1:], taps[1:], strict=True):
-            images.addcmul_(part, tap)
-    return images
-
-
-def normalise(images: Float[Tensor, "*N 3 h w"]) -> Float[Tensor, "*N 3 h w"]:
-    """From [0, 1] to zero mean and unit variance per channel, over ImageNet."""
-    moments = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).to(images.device, non_blocking=True)
-    mean, std = moments[..., None, None]
-    return torch.addcmul(-mean / std, images, 1 / std)
-
-
 def make_views(
-    images: UInt8[Tensor, "B 3 H W"], views: Views, *, size: tuple[int, int]
-) -> tuple[Float[Tensor, "B V 3 h w"], Float[Tensor, "B V 3 h w"]]:
-    """Apply `views` to a batch padded at bottom and right; (context, target), normalised, `size` = (h, w).
+    cuts: UInt8[Tensor, "B V H W 3"], views: Views, *, size: tuple[int, int]
+) -> tuple[Float[Tensor, "B V 3 h w"], Float[Tensor, "B 3 h w"]]:
+    """The context views of all crops and the target view of the first, normalised, `size` = (h, w).
+
+    `cuts` holds the boxes of `views` as they are in the images, padded below and right to a common size.
 
     Raises:
-        ValueError: if `views` were drawn for another number of images or for larger ones.
+        ValueError: if `views` were drawn for another number of images, or for larger boxes.
     """
-    if len(images) != len(views.boxes):
-        raise ValueError(f"{len(images)} images but views of {len(views.boxes)}; slice: views[first:last].")
-    V = views.boxes.shape[1]
-    images = repeat(images, "b c h w -> (b v) c h w", v=V)
-    crops = crop(images, views.boxes.flatten(0, 1), views.flip.flatten(), size=size)
-    crops = rearrange(crops, "(b v) c h w -> b v c h w", v=V)
-    context, target = colour(crops, ops=views.ops, amounts=views.amounts).unbind(2)
-    return normalise(context), normalise(target)
+    if len(cuts) != len(views.boxes):
+        raise ValueError(f"cuts of {len(cuts)} images but views of {len(views.boxes)}; slice: views[first:last].")
+    _check_extents(cuts, views.boxes[..., 2:])
+    return _on(cuts.device).make_views(cuts, views, size=size)
+
+
+def _on(device: torch.device):
+    """How views are made on a device: one by one on a CPU, a batch at a time elsewhere."""
+    from scott_sparse import views_batched, views_single
+
+    return views_single if device.type == "cpu" else views_batched
+
+
+def _check_extents(cuts: UInt8[Tensor, "*N H W 3"], extents: Int[Tensor, "*N 2"]) -> None:
+    H, W = cuts.shape[-3:-1]
+    if ((extents < 1) | (extents > extents.new_tensor([H, W]))).any():
+        raise ValueError(
+            f"an extent is empty or exceeds the {H} x {W} pixels of the cuts; expected (height, width) of each cut."
+        )
+
+
+def whole_boxes(sizes: Int[Tensor, "B 2"], *, size: tuple[int, int]) -> Int[Tensor, "B 4"]:
+    """The largest centred box of the aspect ratio of `size` in each image of (height, width) = `sizes`."""
+    aspect = torch.tensor(size)
+    scale = (sizes / aspect).amin(1, keepdim=True)
+    extents = torch.minimum((scale * aspect).round().long().clamp(min=1), sizes)
+    return torch.cat([(sizes - extents) // 2, extents], dim=1)
 
 
 def whole(
-    images: UInt8[Tensor, "B 3 H W"], sizes: Int[Tensor, "B 2"], *, size: tuple[int, int]
+    cuts: UInt8[Tensor, "B H W 3"], extents: Int[Tensor, "B 2"], *, size: tuple[int, int]
 ) -> Float[Tensor, "B 3 h w"]:
-    """The evaluation view, normalised: the largest centred box of the output's aspect ratio, resized.
+    """The evaluation view, normalised, of cuts along `whole_boxes`.
 
     Raises:
-        ValueError: if `sizes`, (height, width) of each image in pixels, on the CPU, exceed the padded images.
+        ValueError: if an extent is empty or exceeds the padded cuts.
     """
-    aspect = torch.tensor(size)
-    scale = (sizes / aspect).amin(1, keepdim=True)
-    extent = torch.minimum((scale * aspect).round().long().clamp(min=1), sizes)
-    boxes = torch.cat([(sizes - extent) // 2, extent], dim=1)
-    return normalise(crop(images, boxes, torch.zeros(len(sizes), dtype=torch.bool), size=size))
+    _check_extents(cuts, extents)
+    return _on(cuts.device).resize(cuts, extents, torch.zeros(len(cuts), dtype=torch.bool), size=size)

@@ -20,14 +20,14 @@ def make(images, **changes):
 def images():
     generator = torch.Generator().manual_seed(0)
     sides = torch.randint(20, 60, (30, 2), generator=generator).tolist()
-    return Images.of([torch.randint(0, 256, (3, h, w), generator=generator).byte() for h, w in sides])
+    return Images.of([torch.randint(0, 256, (h, w, 3), generator=generator).byte() for h, w in sides])
 
 
 def rows(parts):
     """Each image's crops at their true size, masks and views: what a row is, whatever it is batched with."""
     for part in parts:
         for i, boxes in enumerate(part.views.boxes):
-            crops = [cut[:, :h, :w] for cut, (_, _, h, w) in zip(part.cuts[i], boxes.tolist())]
+            crops = [cut[:h, :w] for cut, (_, _, h, w) in zip(part.cuts[i], boxes.tolist())]
             yield [*crops, part.visible[i], part.views.flip[i], part.views.ops[i], part.views.amounts[i]]
 
 
@@ -74,14 +74,14 @@ def test_a_batch_makes_views_of_the_right_images(images):
     context, target = make_views(part.cuts, part.views, size=(16, 16))
     assert context.shape == (8, 2, 3, 16, 16) and target.shape == (8, 3, 16, 16)
     top, left, height, width = part.views.boxes[5, 1].tolist()
-    box = images.read(int(indices[5]))[:, top : top + height, left : left + width]
-    assert torch.equal(part.cuts[5, 1, :, :height, :width], torch.tensor(box))
+    box = images.read(int(indices[5]))[top : top + height, left : left + width]
+    assert torch.equal(part.cuts[5, 1, :height, :width], torch.tensor(box))
 
 
 def test_a_very_long_image_does_not_widen_the_batch(images):
-    long = Images.of([torch.zeros(3, 1, 5000).byte(), *(torch.zeros(3, 40, 40).byte() for _ in range(29))])
+    long = Images.of([torch.zeros(1, 5000, 3).byte(), *(torch.zeros(40, 40, 3).byte() for _ in range(29))])
     (part,) = make(long, batch_size=30)[0]
-    assert part.cuts.shape[-2:] <= (40, 40)
+    assert part.cuts.shape[2] <= 40 and part.cuts.shape[3] <= 40
 
 
 def test_a_failing_worker_says_what_it_could_not_read(photos, tmp_path):

@@ -94,18 +94,18 @@ def test_images_are_shrunk_to_the_short_side(tmp_path):
 
 
 def test_cut_returns_the_boxes_padded():
-    images = [torch.randint(0, 256, (3, h, w)).byte() for h, w in ((4, 5), (7, 3), (1, 5000))]
+    images = [torch.randint(0, 256, (h, w, 3)).byte() for h, w in ((4, 5), (7, 3), (1, 5000))]
     boxes = torch.tensor([[[0, 7, 1, 4], [0, 0, 1, 1]], [[2, 1, 5, 2], [0, 0, 7, 3]]])
     cuts = Images.of(images).cut(torch.tensor([2, 1]), boxes)
-    assert cuts.shape == (2, 2, 3, 7, 4)  # as large as the largest box, not as the largest image
+    assert cuts.shape == (2, 2, 7, 4, 3)  # as large as the largest box, not as the largest image
     for row, image, of_image in zip(cuts, (images[2], images[1]), boxes.tolist()):
         for cut, (top, left, height, width) in zip(row, of_image):
-            assert torch.equal(cut[:, :height, :width], image[:, top : top + height, left : left + width])
-            assert not cut[:, height:].any() and not cut[:, :, width:].any()
+            assert torch.equal(cut[:height, :width], image[top : top + height, left : left + width])
+            assert not cut[height:].any() and not cut[:, width:].any()
 
 
 def test_a_part_of_the_images_is_their_rows():
-    images = Images.of([torch.full((3, 2, i + 1), i).byte() for i in range(5)], torch.arange(5))
+    images = Images.of([torch.full((2, i + 1, 3), i).byte() for i in range(5)], torch.arange(5))
     part = images[torch.tensor([4, 1])][torch.tensor([1, 0])]
     assert part.labels.tolist() == [1, 4] and part.names == ["1", "4"] and part.sizes.tolist() == [[2, 2], [2, 5]]
     assert (part.cut(torch.tensor([1]), torch.tensor([[[0, 0, 2, 5]]])) == 4).all()

@@ -138,7 +138,7 @@ def prepare(arguments: list[str]) -> tuple[str, Recipe, Path, Accelerator, Data,
     if recipe.batch_size > len(data.pretrain):
         raise ValueError(
             f"batch_size {recipe.batch_size} is larger than the data set ({len(data.pretrain)} images to train on); "
-            f"use --batch-size {len(data.train) // slices * slices or slices} or less."
+            f"use --batch-size {len(data.pretrain) // slices * slices or slices} or less."
         )
     set_seed(recipe.seed)
     model = MIMJEPA(recipe.encoder, recipe.objective, engine=recipe.engine)

@@ -84,7 +84,10 @@ class Recipe:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive.")
         if not 0 <= self.warmup_epochs < self.epochs:
-            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be less than epochs {self.epochs}.")
+            raise ValueError(
+                f"warmup_epochs {self.warmup_epochs:g} must be less than epochs {self.epochs:g}; "
+                f"use --warmup-epochs {self.epochs / 10:g}."
+            )
         if not all(0 <= momentum <= 1 for momentum in self.momentum):
             raise ValueError(f"momentum {self.momentum} must lie in [0, 1].")
         self.encoder  # noqa: B018 - validates size, tokenizer and rates

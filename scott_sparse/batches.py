@@ -4,12 +4,14 @@ Drawn for the global batch, then sliced: one process or eight, with or without w
 goes on at any step without having kept a generator.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from scott_sparse.cache import cores
 from scott_sparse.data import Images
 from scott_sparse.masks import draw_visible
 from scott_sparse.randomness import batch_indices, generator_at
@@ -68,9 +70,18 @@ class Batches(Dataset):
         return parts
 
 
-def load(batches: Batches, steps: range, *, workers: int, pin: bool) -> Iterator[list[Batch]]:
-    """The batches of some steps in order; `workers` processes prepare them ahead, 0 means this one does when asked."""
+def load(batches: Dataset, steps: range, *, workers: int, pin: bool) -> Iterator:
+    """The items of some steps in order; `workers` processes prepare them ahead, 0 means this one does when asked."""
     generator = torch.Generator()  # torch seeds workers from one; ours need no seed, and the global one is not touched
     return iter(
         DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers, pin_memory=pin, generator=generator)
     )
+
+
+def default_workers(*, streamed: bool, on_gpu: bool) -> int:
+    """This process's share of the cores where images are decoded every time, up to four where a GPU computes.
+
+    Else none: on a CPU they would take the cores that compute.
+    """
+    share = max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+    return share if streamed else min(share, 4) if on_gpu else 0

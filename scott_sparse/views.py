@@ -197,13 +197,13 @@ def whole_boxes(sizes: Int[Tensor, "B 2"], *, size: tuple[int, int]) -> Int[Tens
     return torch.cat([(sizes - extents) // 2, extents], dim=1)
 
 
-def whole(
-    cuts: UInt8[Tensor, "B H W 3"], extents: Int[Tensor, "B 2"], *, size: tuple[int, int]
+def resize(
+    cuts: UInt8[Tensor, "B H W 3"], extents: Int[Tensor, "B 2"], flip: Bool[Tensor, " B"], *, size: tuple[int, int]
 ) -> Float[Tensor, "B 3 h w"]:
-    """The evaluation view, normalised, of cuts along `whole_boxes`.
+    """Views without colours: each cut's (height, width) = `extents` at its top left, mirrored where `flip`; normalised.
 
     Raises:
         ValueError: if an extent is empty or exceeds the padded cuts.
     """
     _check_extents(cuts, extents)
-    return _on(cuts.device).resize(cuts, extents, torch.zeros(len(cuts), dtype=torch.bool), size=size)
+    return _on(cuts.device).resize(cuts, extents, flip, size=size)

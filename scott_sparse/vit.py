@@ -89,6 +89,11 @@ class Encoder(nn.Module):
             tokens = torch.where(visible[..., None], tokens, self.mask_token.to(tokens.dtype))
         return self.transformer(tokens, positions(self.tokenizer.grid(images), tokens))
 
+    def last_blocks(self, images: Float[Tensor, "B 3 H W"], count: int) -> list[Float[Tensor, "B N D"]]:
+        """Features of whole images after each of the last `count` blocks, the last one last."""
+        tokens = self.tokenizer(images)
+        return self.transformer.last_blocks(tokens, positions(self.tokenizer.grid(images), tokens), count)
+
     def forward_visible(self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]) -> Float[Tensor, "B V D"]:
         """Features of the visible patches alone, in raster order: no token is spent on what is hidden.
 
@@ -138,15 +143,23 @@ class Transformer(nn.Module):
                     last.weight.data /= math.sqrt(2 * (layer + first_layer))
 
     def forward(self, tokens: Float[Tensor, "B n D"], pos: Float[Tensor, "*B n D"]) -> Float[Tensor, "B n D"]:
+        return self.last_blocks(tokens, pos, 1)[0]
+
+    def last_blocks(
+        self, tokens: Float[Tensor, "B n D"], pos: Float[Tensor, "*B n D"], count: int
+    ) -> list[Float[Tensor, "B n D"]]:
         x = tokens + pos
         extra = 0
         if self.registers is not None:
             extra = self.registers.shape[1]
             x = torch.cat([self.registers.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
         x = self.dropout(x)
-        for block in self.blocks:
+        outputs = []
+        for layer, block in enumerate(self.blocks):
             x = block(x)
-        return x[:, extra:]
+            if layer >= len(self.blocks) - count:
+                outputs.append(x[:, extra:])
+        return outputs
 
 
 class Block(nn.Module):

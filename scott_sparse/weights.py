@@ -1,6 +1,9 @@
-"""Encoders on disk: `encoder.safetensors` and `encoder.json`, loaded strictly; and the paper's checkpoints.
+"""Encoders on disk, loaded strictly; and the paper's checkpoints.
 
 encoder = load_encoder("runs/demo")        # or a Hugging Face Hub repository, "owner/name"
+
+A run folder has the target encoder, the one to use, in `encoder.safetensors`, the context encoder that it follows in
+`context.safetensors`, and what both are made of in `encoder.json`.
 """
 
 import dataclasses
@@ -15,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from scott_sparse.shapes import Tensor
 from scott_sparse.vit import Encoder, EncoderConfig
 
-WEIGHTS, CONFIG = "encoder.safetensors", "encoder.json"
+WEIGHTS = {"target": "encoder.safetensors", "context": "context.safetensors"}
+CONFIG = "encoder.json"
 
 _FROM_PAPER = (  # (pattern in the paper's state dict, our name)
     (r"tokenizer\.tokenizer\.0\.weight", "tokenizer.kernels.0"),
@@ -30,18 +34,18 @@ _FROM_PAPER = (  # (pattern in the paper's state dict, our name)
 )
 
 
-def save_encoder(encoder: Encoder, folder: str | Path) -> None:
-    """Write weights and config into `folder`, each beside its name first and then renamed."""
+def save_encoder(encoder: Encoder, folder: str | Path, *, weights: str = "target") -> None:
+    """Write weights ("target" or "context") and config into `folder`, each beside its name first and then renamed."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-    write_beside(folder / WEIGHTS, lambda path: save_file(state, path))
+    write_beside(folder / WEIGHTS[weights], lambda path: save_file(state, path))
     text = json.dumps(dataclasses.asdict(encoder.config), indent=2) + "\n"
     write_beside(folder / CONFIG, lambda path: path.write_text(text))
 
 
-def load_encoder(source: str | Path, *, engine: str = "auto") -> Encoder:
-    """The encoder of a run folder, or of a Hub repository `owner/name`, in eval mode on the CPU.
+def load_encoder(source: str | Path, *, weights: str = "target", engine: str = "auto") -> Encoder:
+    """The "target" or "context" encoder of a run folder, or of a Hub repository `owner/name`, in eval mode on the CPU.
 
     Raises ValueError where there is none, and where names or shapes do not match the config: a load that does not fit
     stops, it never leaves random weights behind.
@@ -50,12 +54,12 @@ def load_encoder(source: str | Path, *, engine: str = "auto") -> Encoder:
     if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not folder.parent.is_dir():
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(str(source), allow_patterns=[WEIGHTS, CONFIG]))
-    for name in (WEIGHTS, CONFIG):
+        folder = Path(snapshot_download(str(source), allow_patterns=[WEIGHTS[weights], CONFIG, "recipe.json"]))
+    for name in (WEIGHTS[weights], CONFIG):
         if not (folder / name).is_file():
-            raise ValueError(f"no encoder in {source}: expected {WEIGHTS} and {CONFIG}; {name} is missing.")
+            raise ValueError(f"no encoder in {source}: expected {WEIGHTS[weights]} and {CONFIG}; {name} is missing.")
     encoder = Encoder(EncoderConfig(**json.loads((folder / CONFIG).read_text())), engine=engine)
-    _load_strictly(encoder, load_file(folder / WEIGHTS), str(source))
+    _load_strictly(encoder, load_file(folder / WEIGHTS[weights]), str(source))
     return encoder.eval()
 
 

@@ -17,7 +17,7 @@ from scott_sparse.views import (
     Views,
     draw_views,
     make_views,
-    whole,
+    resize,
     whole_boxes,
 )
 
@@ -271,11 +271,12 @@ def test_whole_is_the_centred_largest_box():
     boxes = torch.tensor([[10, 0, 20, 60], [16, 0, 7, 20], [0, 2, 1, 3]])
     assert torch.equal(whole_boxes(sizes, size=(8, 24)), boxes)
     image = random_bytes(3, 40, 60)
-    ours = whole(cut_and_padded(image, boxes), boxes[:, 2:], size=(8, 24))
+    upright = torch.zeros(3, dtype=torch.bool)
+    ours = resize(cut_and_padded(image, boxes), boxes[:, 2:], upright, size=(8, 24))
     theirs = normalised(torch.stack([cropped_by_torchvision(image, box, False, (8, 24)) for box in boxes]))
     torch.testing.assert_close(ours, theirs, atol=TOLERANCE[views_single], rtol=0)
     with pytest.raises(ValueError, match="exceeds"):
-        whole(cut_and_padded(image, boxes), boxes[:, 2:] + 9, size=(8, 24))
+        resize(cut_and_padded(image, boxes), boxes[:, 2:] + 9, upright, size=(8, 24))
 
 
 def test_a_share_of_views_is_their_rows():

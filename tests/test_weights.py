@@ -25,7 +25,7 @@ def test_round_trip(saved):
     again = load_encoder(folder)
     assert again.config == TINY and not again.training
     assert torch.equal(again(images), encoder(images))
-    assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS]
+    assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS["target"]]
 
 
 def test_engines_share_one_checkpoint(saved):
@@ -51,9 +51,9 @@ def test_weights_of_another_size_are_refused(saved):
 
 def test_missing_tensor_is_refused(saved):
     _, folder = saved
-    state = load_file(folder / WEIGHTS)
+    state = load_file(folder / WEIGHTS["target"])
     state.pop("mask_token")
-    save_file(state, folder / WEIGHTS)
+    save_file(state, folder / WEIGHTS["target"])
     with pytest.raises(ValueError, match="mask_token"):
         load_encoder(folder)
 

@@ -4,14 +4,14 @@
     accelerate launch train/pretrain.py --data PHOTOS --image-size 64       # your own folder
     accelerate launch train/pretrain.py flowers102 --batch-size 128         # the paper's recipe and data
 
-The run folder (`--out`, default runs/RECIPE) ends with `encoder.safetensors` + `encoder.json`, `metrics.jsonl` (one
-line per optimizer step), `recipe.json`, `tokens.png`, `summary.json` and, if images were left out, `unreadable.txt`.
+The run folder (`--out`, default runs/RECIPE) ends with `encoder.safetensors` (the target), `context.safetensors`,
+`encoder.json`, `metrics.jsonl` (one line per optimizer step), `recipe.json`, `tokens.png`, `summary.json` and, if
+images were left out, `unreadable.txt`.
 """
 
 import contextlib
 import dataclasses
 import json
-import os
 import platform
 import resource
 import sys
@@ -27,29 +27,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from scott_sparse import MIMJEPA, save_encoder
-from scott_sparse.batches import Batches, load
-from scott_sparse.cache import cores
-from scott_sparse.data import Data, UnreadableImages, open_data, short_side_for, unreadable_lines
+from scott_sparse.batches import Batches, default_workers, load
+from scott_sparse.command import plain_errors
+from scott_sparse.data import Data, open_data, short_side_for, unreadable_lines
 from scott_sparse.jepa import draw_directions, make_target, target_features, update_target
 from scott_sparse.optimizer import adamw, set_schedules
 from scott_sparse.randomness import generator_at, seed_at
 from scott_sparse.schedules import Schedules
 from scott_sparse.sparse import choose_engine
 from scott_sparse.views import make_views
-from scott_sparse.weights import write_beside
+from scott_sparse.weights import CONFIG, WEIGHTS, write_beside
 
-WEIGHTS = ("encoder.safetensors", "encoder.json")
-RUN_FILES = ("recipe.json", "metrics.jsonl", *WEIGHTS, "tokens.png", "summary.json", "unreadable.txt")
+RUN_FILES = ("recipe.json", "metrics.jsonl", *WEIGHTS.values(), CONFIG, "tokens.png", "summary.json", "unreadable.txt")
 
 
 def main() -> None:
     started = time.perf_counter()
-    try:
+    with plain_errors():
         name, recipe, out, accelerator, data, model = prepare(sys.argv[1:])
-    except UnreadableImages as mistake:
-        stop(str(mistake))
-    except (ValueError, OSError) as mistake:
-        stop(" ".join(str(mistake).split()))
     console = Console(quiet=not accelerator.is_main_process)
     target = make_target(model.encoder)
     initial = make_target(model.encoder)
@@ -70,11 +65,11 @@ def main() -> None:
         )
     training = train(recipe, out, accelerator, data, model, target, console)
 
-    accelerator.wait_for_everyone()
+    device = accelerator.device
+    knn = knn_report(data, initial.to(device), target, size=recipe.sides)
     if accelerator.is_main_process:
         save_encoder(target, out)
-        device = accelerator.device
-        knn = knn_report(data, initial.to(device), target, size=recipe.sides, device=device)
+        save_encoder(model.encoder, out, weights="context")
         draw_tokens(out / "tokens.png", data, initial, target, recipe=recipe, device=device)
         summary = {
             "recipe": name,
@@ -107,11 +102,6 @@ def main() -> None:
             f"results in {out}: summary.json, tokens.png, encoder.safetensors"
         )
     accelerator.end_training()
-
-
-def stop(mistake: str) -> None:
-    """End with one process's word for all of them."""
-    sys.exit(f"error: {mistake}" if os.environ.get("RANK", "0") == "0" else 1)
 
 
 def prepare(arguments: list[str]) -> tuple[str, Recipe, Path, Accelerator, Data, MIMJEPA]:
@@ -245,10 +235,8 @@ def load_batches(recipe: Recipe, accelerator: Accelerator, data: Data, steps: ra
         processes=accelerator.num_processes,
     )
     on_gpu = accelerator.device.type == "cuda"
-    workers = recipe.workers
-    if workers is None:
-        share = max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
-        workers = share if recipe.source.cache == "none" else min(share, 4) if on_gpu else 0
+    streamed = recipe.source.cache == "none"
+    workers = default_workers(streamed=streamed, on_gpu=on_gpu) if recipe.workers is None else recipe.workers
     return load(batches, steps, workers=workers, pin=on_gpu)
 
 

@@ -1,16 +1,14 @@
 """Recipes by name. A recipe is everything that decides a run; every field is a flag of train/pretrain.py."""
 
-import contextlib
 import dataclasses
 import difflib
 import functools
-import io
-import re
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from scott_sparse.command import quietly
 from scott_sparse.data import DataConfig
 from scott_sparse.jepa import ObjectiveConfig
 from scott_sparse.masks import visible_count
@@ -164,7 +162,7 @@ def parse(arguments: list[str]) -> tuple[str, Recipe]:
         known = ", ".join(f"{key} ({about})" for key, (about, _) in RECIPES.items())
         raise ValueError(f"unknown recipe {name!r}; expected one of: {known}.")
     about, default = RECIPES[name]
-    recipe, unknown = _quietly(
+    recipe, unknown = quietly(
         functools.partial(
             tyro.cli,
             Recipe,
@@ -188,16 +186,3 @@ def parse(arguments: list[str]) -> tuple[str, Recipe]:
         raise ValueError(f"unknown option {unknown[0]}; {meant}--help lists all.")
     recipe.validate()
     return name, recipe
-
-
-def _quietly(parse_arguments):
-    """Run tyro's parser, and turn the framed message with which it exits into a ValueError of one line."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return parse_arguments()
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-    words = re.sub("[─│╭╮╰╯]", " ", said.getvalue()).split()
-    raise ValueError(" ".join(words).removeprefix("Value error Error parsing Recipe: "))

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from scott_sparse.data import Data
-from scott_sparse.features import mean_token_features, pixel_features, whole_images
+from scott_sparse.features import extract, whole_images
+from scott_sparse.frozen import FrozenEncoder, Pixels
 from scott_sparse.knn import knn_accuracy
 from scott_sparse.masks import draw_visible
 from scott_sparse.randomness import generator_at
@@ -17,18 +18,24 @@ from scott_sparse.views import IMAGENET_MEAN, IMAGENET_STD
 from scott_sparse.vit import Encoder
 
 
-def knn_report(data: Data, initial: Encoder, pretrained: Encoder, *, size: tuple[int, int], device) -> dict[str, float]:
-    """k-NN accuracy in per cent on the test images, of raw pixels and of both encoders; None without labels."""
-    names = ("pixels", "init", "pretrained")
+def knn_report(data: Data, initial: Encoder, pretrained: Encoder, *, size: tuple[int, int]) -> dict[str, float | None]:
+    """k-NN accuracy in per cent on the test images, of raw pixels and of both encoders; None without labels.
+
+    Every process takes its share of the images; the answer is the main process's.
+    """
+    models = {
+        "pixels": Pixels(initial.config.patch_size),
+        "init": FrozenEncoder(initial),
+        "pretrained": FrozenEncoder(pretrained),
+    }
     if data.classes is None:
-        return dict.fromkeys(names)
-    parts = (data.fit, data.report)
-    features = [
-        [pixel_features(part, size=size) for part in parts],
-        *[[mean_token_features(e, part, size=size, device=device) for part in parts] for e in (initial, pretrained)],
-    ]
-    scores = [knn_accuracy(bank, parts[0].labels, held, parts[1].labels) for bank, held in features]
-    return {name: round(score, 2) for name, score in zip(names, scores)}
+        return dict.fromkeys(models)
+    scores = {}
+    for name, model in models.items():
+        bank, held = (extract(model, part, size=size) for part in (data.fit, data.report))
+        if bank is not None:
+            scores[name] = round(knn_accuracy(bank.mean, data.fit.labels, held.mean, data.report.labels), 2)
+    return scores
 
 
 def knn_table(data: Data, knn: dict[str, float], terms: tuple[str, ...]) -> Table | None:

@@ -25,7 +25,7 @@ class LinearQuestion(Question):
 
 def main(question: LinearQuestion) -> None:
     fit = functools.partial(fit_linear, solver=question.solver, epochs=question.epochs)
-    answer(question, "linear", fit, copies=question.copies)
+    answer(question, "linear" if question.solver == "lbfgs" else "linear-sgd", fit, copies=question.copies)
 
 
 if __name__ == "__main__":

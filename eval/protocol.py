@@ -133,6 +133,11 @@ def frozen_features(question: Question, *, tokens: bool = False, copies: int = 0
     for role in ("choose", "report"):
         if getattr(data, role) is None:
             raise ValueError(f"--data {source.data} has too few labelled images to set some aside for {role}.")
+    known = set(data.fit.labels.tolist())
+    missing = [str(name) for label, name in enumerate(data.classes) if label not in known]
+    if missing:
+        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise ValueError(f"--data {source.data} has no training image of {len(missing)} classes ({some}); add some.")
     model = subject.model.to(state.device).eval().requires_grad_(False)
     weights = fingerprint(model)
     workers = default_workers(streamed=source.cache == "none", on_gpu=state.device.type == "cuda")
@@ -145,6 +150,8 @@ def frozen_features(question: Question, *, tokens: bool = False, copies: int = 0
 
     fit, choose = of("fit", data.fit, copies), of("choose", data.choose)
     report = of("report", data.report)
+    state.wait_for_everyone()
+    state.destroy_process_group()  # what follows is the main process's, however long it takes
     return Frozen(subject, data, fit, choose, report, data.fit.labels.repeat(1 + copies), weights)
 
 
@@ -160,12 +167,12 @@ def answer(question: Question, probe_name: str, fit: Callable, *, tokens: bool =
     choice, val, tried = choose(probe, frozen.choose, data.choose.labels)
     (logits,) = probe.answers(frozen.report, [choice])
     test = score(logits, data.report.labels)
+    probe_name += f"-copies{copies}" * bool(copies)
     result = {
         "choice": probe.settings[choice],
         "val": val.to_json(),
         "test": test.to_json(),
         "settings_tried": tried,
-        "augmented_copies": copies,
     }
     write(question, probe_name, frozen, result, seconds=time.perf_counter() - started)
     show(question, probe_name, frozen, probe.settings[choice], {"val": val, "test": test})

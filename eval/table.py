@@ -12,44 +12,51 @@ from rich.table import Table
 
 from scott_sparse.command import plain_errors
 
-COLUMNS = ("knn", "linear", "attentive", "1 shot", "5 shots", "10 shots")
+OURS = ("pixels", "random", "context", "pretrained")
+COLUMNS = ("knn", "linear", "attentive")
 
 
 def main(runs: list[str]) -> None:
     with plain_errors():
-        rows = collect(runs)
-    header = ["features", "data", "protocol", *COLUMNS]
-    table = Table(title="test top-1, % (half of the 95 % interval; few-shot: deviation over draws)")
-    for name in header:
-        table.add_column(name)
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    for key, cells in rows.items():
-        row = [*key, *(cells.get(column, "") for column in COLUMNS)]
-        table.add_row(*row)
-        lines.append(f"| {' | '.join(row)} |")
-    Console().print(table)
-    print("\n".join(lines))
+        tables = collect(runs)
+    for title, rows in tables.items():
+        columns = list(dict.fromkeys([*COLUMNS, *(column for cells in rows.values() for column in cells)]))
+        columns = [column for column in columns if any(column in cells for cells in rows.values())]
+        table = Table(title=title)
+        lines = [f"{title}", "", f"| features | {' | '.join(columns)} |", "|" + "---|" * (1 + len(columns))]
+        for name in ("features", *columns):
+            table.add_column(name)
+        for name, cells in rows.items():
+            row = [name, *(cells.get(column, "") for column in columns)]
+            table.add_row(*row)
+            lines.append(f"| {' | '.join(row)} |")
+        Console().print(table)
+        print("\n".join(["", *lines, ""]))
 
 
-def collect(runs: list[str]) -> dict[tuple[str, str, str], dict[str, str]]:
-    """(features, data, protocol): {column: cell}. Raises ValueError for a run without results."""
-    rows = {}
+def collect(runs: list[str]) -> dict[str, dict[str, dict[str, str]]]:
+    """{title: {features: {column: cell}}}. Raises ValueError for a run without results."""
+    tables = {}
     for run in runs:
         files = sorted(Path(run, "eval").glob("*.json"))
         if not files:
             raise ValueError(f"{run}/eval holds no results; expected those of eval/knn.py and its neighbours.")
         for file in files:
             answer = json.loads(file.read_text())
-            name = f"{Path(answer['run']).name} {answer['subject']}" if ":" not in answer["run"] else answer["run"]
-            cells = rows.setdefault((name, Path(answer["data"]).name, answer["protocol"]), {})
+            title = (
+                f"{Path(answer['data']).name}, {answer['protocol']} protocol: test top-1, % "
+                "(± half of the 95 % interval; shots: deviation over draws)"
+            )
+            name = f"{Path(answer['run']).name} {answer['subject']}" if answer["subject"] in OURS else answer["run"]
+            cells = tables.setdefault(title, {}).setdefault(name, {})
             if answer["probe"] == "fewshot":
                 for shots, row in answer["shots"].items():
-                    spread = row["top1"]
-                    cells[f"{shots} shot{'s' * (shots != '1')}"] = f"{spread['mean']:.1f} ± {spread['spread']:.1f}"
+                    mean, spread = row["top1"]["mean"], row["top1"]["spread"]
+                    cells[f"{shots} shot{'s' * (shots != '1')}"] = f"{mean:.1f} ± {spread:.1f}"
             else:
                 low, high = answer["test"]["top1_interval"]
                 cells[answer["probe"]] = f"{answer['test']['top1']:.1f} ± {(high - low) / 2:.1f}"
-    return rows
+    return tables
 
 
 if __name__ == "__main__":

@@ -46,8 +46,7 @@ class Pixels(nn.Module):
 class TimmModel(nn.Module):
     """A model of timm with its published weights, pooled as its authors do.
 
-    Raises ValueError where timm is missing, does not know the name or has no weights for it; OSError or RuntimeError
-    from timm where they cannot be downloaded.
+    Raises ValueError where timm is missing, does not know the name, or cannot get its weights.
     """
 
     def __init__(self, name: str):
@@ -56,9 +55,13 @@ class TimmModel(nn.Module):
             import timm
         except ImportError:
             raise ValueError(f"--timm {name} needs the package timm: pip install timm.") from None
-        if not timm.is_model(name, with_pretrained_tag=True) and not timm.is_model(name):
+        if not timm.is_model(name):
             raise ValueError(f"--timm {name}: timm knows no such model; timm.list_models(pretrained=True) lists all.")
-        self.model = timm.create_model(name, pretrained=True, num_classes=0).eval()
+        try:
+            self.model = timm.create_model(name, pretrained=True, num_classes=0).eval()
+        except Exception as error:  # whatever its many ways to fetch weights raise; nothing untrained is evaluated
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"--timm {name}: its weights could not be had ({reason}).") from error
         config = self.model.pretrained_cfg
         self.size = tuple(config["input_size"][1:])
         ours = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])

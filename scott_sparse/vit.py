@@ -207,7 +207,7 @@ class SwiGLU(nn.Module):
         self.fused = init_linear(nn.Linear(dim, 2 * hidden, bias=False))
         self.out = init_linear(nn.Linear(hidden, dim, bias=False))
 
-    def forward(self, x: Float[Tensor, "B n D"]) -> Float[Tensor, "B n D"]:
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         gate, value = self.fused(x).chunk(2, dim=-1)
         return self.out(F.silu(gate) * value)
 
@@ -218,7 +218,7 @@ class MLP(nn.Module):
         self.fused = init_linear(nn.Linear(dim, int(ratio * dim), bias=False))
         self.out = init_linear(nn.Linear(int(ratio * dim), dim, bias=False))
 
-    def forward(self, x: Float[Tensor, "B n D"]) -> Float[Tensor, "B n D"]:
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         return self.out(F.gelu(self.fused(x)))
 
 

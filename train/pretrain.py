@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from online import Collapse, OnlineReport
 from recipes import Recipe, parse
 from report import draw_tokens, knn_report, knn_table
 from rich.console import Console
@@ -28,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from scott_sparse import MIMJEPA, save_encoder
 from scott_sparse.batches import Batches, default_workers, load
-from scott_sparse.command import plain_errors
+from scott_sparse.command import plain_errors, stop
 from scott_sparse.data import Data, open_data, short_side_for, unreadable_lines
 from scott_sparse.jepa import draw_directions, make_target, target_features, update_target
 from scott_sparse.optimizer import adamw, set_schedules
@@ -38,7 +39,8 @@ from scott_sparse.sparse import choose_engine
 from scott_sparse.views import make_views
 from scott_sparse.weights import CONFIG, WEIGHTS, write_beside
 
-RUN_FILES = ("recipe.json", "metrics.jsonl", *WEIGHTS.values(), CONFIG, "tokens.png", "summary.json", "unreadable.txt")
+RUN_FILES = ("recipe.json", "metrics.jsonl", "reports.jsonl", *WEIGHTS.values(), CONFIG, "tokens.png", "summary.json")
+RUN_FILES += ("unreadable.txt",)
 
 
 def main() -> None:
@@ -63,7 +65,10 @@ def main() -> None:
         console.print(
             f"{data.leaked:,} of the {len(data.report):,} test images are also in the training set, pixel for pixel"
         )
-    training = train(recipe, out, accelerator, data, model, target, console)
+    try:
+        training = train(recipe, out, accelerator, data, model, target, console)
+    except Collapse as end:
+        stop(str(end))
 
     device = accelerator.device
     knn = knn_report(data, initial.to(device), target, size=recipe.sides)
@@ -171,8 +176,10 @@ def train(recipe: Recipe, out: Path, accelerator: Accelerator, data: Data, model
 
     model.train()
     log = Log(recipe, out, accelerator, console, total_steps, steps_per_epoch)
+    report = OnlineReport(recipe, out, accelerator, data, target, encoder, console)
     batches = load_batches(recipe, accelerator, data, range(total_steps))
     with log:
+        report.after(0, None)
         for step in range(total_steps):
             with log.input_time():
                 parts = next(batches)
@@ -209,7 +216,8 @@ def train(recipe: Recipe, out: Path, accelerator: Accelerator, data: Data, model
             terms = {key: torch.stack([part[key] for part in losses]).mean() for key in losses[0]}
             rates = {"lr": schedules.lr_at(step), "weight_decay": schedules.weight_decay_at(step)}
             log.add(step, {**terms, "gradient_norm": norm}, {**rates, "momentum": schedules.momentum_at(step)})
-    return log.summary()
+            report.after(step + 1, terms["loss"])
+    return {**log.summary(), "report_share": round(report.seconds / log.seconds, 4), "verdict": report.verdict}
 
 
 def directions_at(recipe: Recipe, step: int, device: torch.device) -> torch.Tensor | None:

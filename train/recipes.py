@@ -71,6 +71,10 @@ class Recipe:
     compile: bool = False
     """torch.compile the trained model and the target encoder."""
     tracker: Literal["tensorboard"] | None = None
+    report_every: float | None = None
+    """Epochs between online reports; default a tenth of the run, 0 for none."""
+    stop_on_collapse: bool = False
+    """End the run when an online report says that it is collapsing."""
     log_every: int = 10
     """Optimizer steps between progress updates and writes to metrics.jsonl."""
 
@@ -81,6 +85,8 @@ class Recipe:
         for name in ("epochs", "batch_size", "accumulate", "lr", "log_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive.")
+        if (self.report_every or 0) < 0:
+            raise ValueError(f"report_every {self.report_every} must be 0 (none) or more epochs.")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
                 f"warmup_epochs {self.warmup_epochs:g} must be less than epochs {self.epochs:g}; "
@@ -129,11 +135,19 @@ DEMO = Recipe(
     weight_decay=(0.04, 0.04),
     momentum=(0.99, 0.99),
     clip=1.0,
+    report_every=1,
 )
 
 # The demo for photos, where colour does say something: the views of the paper, half of the patches hidden.
 PHOTOS = dataclasses.replace(
-    DEMO, source=DataConfig(), image_size=64, hide_ratio=0.5, views=ViewConfig(crops=2), epochs=24, warmup_epochs=1
+    DEMO,
+    source=DataConfig(),
+    image_size=64,
+    hide_ratio=0.5,
+    views=ViewConfig(crops=2),
+    epochs=24,
+    warmup_epochs=1,
+    report_every=2,
 )
 
 RECIPES = {

@@ -186,10 +186,15 @@ def choose(probe, features: Features, labels: Int[Tensor, " n"]) -> tuple[int, S
     return best, scores[best], [{**s, "top1": round(x.top1, 2)} for s, x in zip(probe.settings, scores)]
 
 
+def chosen_on(data: Data) -> str:
+    """Under the paper protocol choices are made on test where no val was published."""
+    return "test" if torch.equal(data.choose.rows, data.report.rows) else "val"
+
+
 def write(question: Question, probe_name: str, frozen: Frozen, result: dict, *, seconds: float) -> Path:
     """Write the JSON of an answer and the picture of its confusions; returns the path of the JSON."""
     data, source = frozen.data, question.source
-    same = source.data is not None and (frozen.subject.pretraining or {}).get("source") == source.data
+    pretraining = frozen.subject.pretraining or {}
     answer = {
         "probe": probe_name,
         "subject": frozen.subject.name,
@@ -199,9 +204,9 @@ def write(question: Question, probe_name: str, frozen: Frozen, result: dict, *, 
         "data": source.data,
         "data_fingerprint": data.fingerprint,
         "protocol": source.protocol,
-        "chosen_on": "test" if data.choose.names == data.report.names else "val",
+        "chosen_on": chosen_on(data),
         "pretraining": frozen.subject.pretraining,
-        "pretrained_on_this_data": same,
+        "pretrained_on_this_data": _same(pretraining.get("source"), source.data),
         "images": {"fit": len(data.fit), "val": len(data.choose), "test": len(data.report)},
         "test_images_also_in_training": data.leaked,
         "classes": list(data.classes),
@@ -226,8 +231,8 @@ def write(question: Question, probe_name: str, frozen: Frozen, result: dict, *, 
 def show(question: Question, probe_name: str, frozen: Frozen, choice: dict, scores: dict[str, Scores]) -> None:
     """Print the scores, and how well each class is told."""
     chosen = ", ".join(f"{key} {value}" for key, value in choice.items())
-    on = "test" if frozen.data.choose.names == frozen.data.report.names else "val"
-    table = Table(title=f"{probe_name} on {frozen.subject.name} features; {chosen} chosen on {on}")
+    title = f"{probe_name} on {frozen.subject.name} features; {chosen} chosen on {chosen_on(frozen.data)}"
+    table = Table(title=title)
     for column in ("", "images", "top-1", "95 % interval", "top-5", "mean per class"):
         table.add_column(column, justify="right")
     for name, s in scores.items():
@@ -261,7 +266,7 @@ def draw_confusion(path: Path, confusion: list[list[int]], classes: tuple[str, .
     picture = axes.imshow(shares.numpy(), cmap="magma", vmin=0, vmax=100, interpolation="nearest")
     axes.set(xlabel="answer", ylabel="label")
     if len(classes) <= 60:
-        names = [str(name)[:24] for name in classes]
+        names = [str(name) if len(str(name)) < 28 else f"{str(name)[:27]}…" for name in classes]
         axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=7)
         axes.set_yticks(range(len(classes)), names, fontsize=7)
     figure.colorbar(picture, ax=axes, label="% of the label's images", shrink=0.8)

@@ -4,20 +4,30 @@ import dataclasses
 import re
 import shlex
 
+import attentive
+import extract
+import linear
+import protocol
 import pytest
 import recipes
+import tyro
 from conftest import ROOT
 
 from scott_sparse import Encoder, EncoderConfig, save_encoder
 
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = [
-    line.split("#")[0]
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-    if "train/pretrain.py" in line
+LINES = [
+    line.split("#")[0] for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()
 ]
+COMMANDS = [line for line in LINES if "train/pretrain.py" in line]
+QUESTIONS = {
+    "knn": protocol.Question,
+    "linear": linear.LinearQuestion,
+    "attentive": attentive.AttentiveQuestion,
+    "fewshot": protocol.Question,
+    "extract": extract.ExtractQuestion,
+}
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.split("\n")[1])
@@ -55,6 +65,13 @@ def test_commands_parse(command):
     arguments = arguments[arguments.index("train/pretrain.py") + 1 :]
     name, recipe = recipes.parse(arguments)
     assert name in recipes.RECIPES and dataclasses.is_dataclass(recipe)
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if "eval/" in line and "table.py" not in line])
+def test_questions_parse(line):
+    script, arguments = re.search(r"eval/(\w+)\.py(.*)", line).groups()
+    question = tyro.cli(QUESTIONS[script], args=shlex.split(arguments), config=(tyro.conf.OmitArgPrefixes,))
+    assert question.run or question.timm
 
 
 def test_no_markdown_link_is_dead():

@@ -8,17 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from scott_sparse import MIMJEPA, SIZES, Encoder, EncoderConfig, ObjectiveConfig, draw_visible
-from scott_sparse.jepa import (
-    draw_directions,
-    invariance,
-    make_target,
-    masked_smooth_l1,
-    sigreg,
-    target_features,
-    update_target,
-)
+from scott_sparse.crosscrop import draw_directions, invariance, sigreg, variance_covariance
+from scott_sparse.jepa import make_target, masked_smooth_l1, target_features, update_target
 from scott_sparse.optimizer import adamw
-from scott_sparse.vit import positions
+from scott_sparse.vit import layer_norm, positions
 
 TINY = EncoderConfig(dim=32, depth=2, heads=4, patch_size=16, stem_width=8, registers=2)
 BESIDE = ObjectiveConfig(predictor_depth=1, invariance=1.0, projector=(16, 8))
@@ -191,3 +184,34 @@ def test_mistakes_are_named():
         ObjectiveConfig(context="some")
     with pytest.raises(ValueError, match="multiple of 4 and of heads"):
         EncoderConfig(dim=30, depth=1, heads=4)
+
+
+def test_variance_covariance_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(4000, 6, generator=generator, dtype=torch.float64)
+    z = (z - z.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(z.T, correction=0))).T  # whitened exactly
+    assert variance_covariance(z.float()).item() == pytest.approx(0, abs=1e-3)
+    # Half the deviation costs 1/2 in the hinge; a copied dimension has two covariances of 1.
+    assert variance_covariance(0.5 * z.float()).item() == pytest.approx(0.5, abs=1e-3)
+    copied = torch.cat([z[:, :5], z[:, :1]], dim=1).float()
+    assert variance_covariance(copied).item() == pytest.approx(2 / 6 / 25, abs=1e-3)
+
+
+def test_the_target_may_be_a_mean_of_blocks():
+    encoder = make_target(Encoder(TINY))
+    images = torch.randn(2, 3, 32, 48)
+    first = Encoder(dataclasses.replace(TINY, depth=1)).eval()
+    first.load_state_dict({name: x for name, x in encoder.state_dict().items() if name in first.state_dict()})
+    both = layer_norm(first(images)) + layer_norm(encoder(images))
+    torch.testing.assert_close(target_features(encoder, images, blocks=2), layer_norm(both / 2), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("context", ["all", "visible"])
+def test_several_masks_are_several_views_of_the_first_crop(context):
+    """Two masks of one crop: MIM-JEPA's loss is the mean of what each mask alone would have."""
+    model = MIMJEPA(TINY, ObjectiveConfig(predictor_depth=1, context=context)).eval()
+    images, visible = torch.randn(3, 1, 3, 32, 48), draw_visible(6, (2, 3), hide_ratio=0.5).unflatten(0, (3, 2))
+    targets = torch.randn(3, 6, TINY.dim)
+    both = model(images, visible, targets)["loss"]
+    apart = [model(images, visible[:, i : i + 1], targets)["loss"] for i in range(2)]
+    torch.testing.assert_close(both, (apart[0] + apart[1]) / 2)

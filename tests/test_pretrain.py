@@ -161,7 +161,7 @@ MISTAKES = {
     "no data": (["photos"], "--data needs a folder of images"),
     "batch size": (["--batch-size", "6000"], "batch_size 6000 is larger than the data set (5000 images"),
     "accumulate": (["--accumulate", "7"], "does not divide"),
-    "one crop": (["--crops", "1"], "invariance compares crops of one image"),
+    "one crop": (["--crops", "1"], "invariance compares views of one image"),
     "not a number": (["--epochs", "many"], "--epochs"),
     "crop scale": (["--crop-scale", "0.5", "2.0"], "crop_scale is (0.5, 2.0)"),
     "workers": (["--workers", "-1"], "workers -1 must be 0 or more"),
@@ -237,9 +237,9 @@ def test_a_mistake_in_the_shell_leaves_no_traceback(tmp_path, clean_environment)
 def test_a_non_finite_loss_stops_before_the_update(labelled, tmp_path, monkeypatch):
     real, calls = pretrain.target_features, []
 
-    def poisoned(target, images):
+    def poisoned(target, images, **options):
         calls.append(1)
-        return real(target, images) * (float("nan") if len(calls) == 4 else 1)
+        return real(target, images, **options) * (float("nan") if len(calls) == 4 else 1)
 
     monkeypatch.setattr(pretrain, "target_features", poisoned)
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *TINY, "--data", str(labelled), "--out", str(tmp_path / "run")])

@@ -30,8 +30,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scott_sparse import MIMJEPA, save_encoder
 from scott_sparse.batches import Batches, default_workers, load
 from scott_sparse.command import plain_errors, stop
+from scott_sparse.crosscrop import draw_directions
 from scott_sparse.data import Data, open_data, short_side_for, unreadable_lines
-from scott_sparse.jepa import draw_directions, make_target, target_features, update_target
+from scott_sparse.jepa import make_target, target_features, update_target
 from scott_sparse.optimizer import adamw, set_schedules
 from scott_sparse.randomness import generator_at, seed_at
 from scott_sparse.schedules import Schedules
@@ -194,7 +195,7 @@ def train(recipe: Recipe, out: Path, accelerator: Accelerator, data: Data, model
                 visible = part.visible.to(accelerator.device, non_blocking=True)
                 # 1. The target encoder looks at the whole of each image's first crop.
                 with accelerator.autocast():
-                    targets = target_features(target, uncovered)
+                    targets = target_features(target, uncovered, blocks=recipe.objective.target_blocks)
                 # 2. The context encoder sees what is visible, the predictor answers for what is hidden.
                 last = number == recipe.accumulate - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
@@ -222,7 +223,7 @@ def train(recipe: Recipe, out: Path, accelerator: Accelerator, data: Data, model
 
 def directions_at(recipe: Recipe, step: int, device: torch.device) -> torch.Tensor | None:
     """SIGReg's random directions of a step, the same for all processes and crops."""
-    if not recipe.objective.invariance:
+    if not recipe.objective.invariance or recipe.objective.spread != "sigreg":
         return None
     generator = generator_at(recipe.seed, "directions", step)
     return draw_directions(recipe.objective.projector[1], recipe.objective.directions, generator=generator).to(device)
@@ -238,6 +239,7 @@ def load_batches(recipe: Recipe, accelerator: Accelerator, data: Data, steps: ra
         recipe.mask,
         recipe.batch_size,
         recipe.seed,
+        masks=recipe.masks,
         accumulate=recipe.accumulate,
         process=accelerator.process_index,
         processes=accelerator.num_processes,

@@ -44,6 +44,8 @@ class Recipe:
     # The task.
     hide_ratio: float = 0.6
     mask: Literal["block", "uniform"] = "block"
+    masks: int = 1
+    """Of each crop: a target's pass then serves several predictions."""
     objective: ObjectiveConfig = ObjectiveConfig()
     views: ViewConfig = ViewConfig()
 
@@ -82,7 +84,7 @@ class Recipe:
         """Raise ValueError for values that do not go together, naming field, value and remedy."""
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers {self.workers} must be 0 or more.")
-        for name in ("epochs", "batch_size", "accumulate", "lr", "log_every"):
+        for name in ("epochs", "batch_size", "masks", "accumulate", "lr", "log_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive.")
         if (self.report_every or 0) < 0:
@@ -96,8 +98,8 @@ class Recipe:
             raise ValueError(f"momentum {self.momentum} must lie in [0, 1].")
         self.encoder  # noqa: B018 - validates size, tokenizer and rates
         visible_count(self.grid[0] * self.grid[1], self.hide_ratio)
-        if self.objective.invariance and self.views.crops < 2:
-            raise ValueError(f"invariance compares crops of one image, got crops {self.views.crops}; use --crops 2.")
+        if self.objective.invariance and self.views.crops * self.masks < 2:
+            raise ValueError(f"invariance compares views of one image, got crops {self.views.crops}; use --crops 2.")
 
     @property
     def sides(self) -> tuple[int, int]:

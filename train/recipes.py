@@ -129,15 +129,15 @@ DEMO = Recipe(
     hide_ratio=0.4,
     objective=ObjectiveConfig(predictor_depth=1, context="visible", invariance=1.0),
     views=ViewConfig(crops=2, crop_scale=(0.7, 1.0), colour=1.0, jitter=(0.6, 0.6, 0.6, 0.5), jitter_p=1.0, grey=0.3),
-    epochs=5,
-    batch_size=32,
-    lr=2e-3,
-    warmup_epochs=0.5,
+    epochs=10,
+    batch_size=64,
+    lr=3e-3,
+    warmup_epochs=1,
     flat_fraction=0.5,
     weight_decay=(0.04, 0.04),
     momentum=(0.99, 0.99),
     clip=1.0,
-    report_every=1,
+    report_every=2,
 )
 
 # The demo for photos, where colour does say something: the views of the paper, half of the patches hidden.
@@ -148,8 +148,8 @@ PHOTOS = dataclasses.replace(
     hide_ratio=0.5,
     views=ViewConfig(crops=2),
     epochs=24,
-    warmup_epochs=1,
-    report_every=2,
+    batch_size=32,
+    lr=2e-3,
 )
 
 RECIPES = {

@@ -1,0 +1,87 @@
+"""The same encoder trained with labels from scratch: cross-entropy on the mean token, the views of a recipe, AdamW.
+
+    python benchmarks/supervised.py photos --data PHOTOS --epochs 6 --out runs/supervised
+
+Flags are those of train/pretrain.py; only the first crop's context view is used, nothing hidden, so that as many
+images are seen as in pretraining. Only the images a probe is fitted on have labels here. The run folder serves eval/
+like any other; `own_test` in its summary.json is the accuracy of the classifier that was trained with the encoder.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "train"))
+
+from recipes import parse  # noqa: E402 - a neighbour of the scripts in train/
+
+from scott_sparse import Encoder, save_encoder  # noqa: E402
+from scott_sparse.batches import Batches, load  # noqa: E402
+from scott_sparse.command import plain_errors  # noqa: E402
+from scott_sparse.data import open_data, short_side_for  # noqa: E402
+from scott_sparse.features import whole_images  # noqa: E402
+from scott_sparse.optimizer import adamw, set_schedules  # noqa: E402
+from scott_sparse.randomness import batch_indices  # noqa: E402
+from scott_sparse.schedules import Schedules  # noqa: E402
+from scott_sparse.views import make_views  # noqa: E402
+
+
+class Classifier(torch.nn.Module):
+    def __init__(self, encoder: Encoder, classes: int):
+        super().__init__()
+        self.encoder, self.classify = encoder, torch.nn.Linear(encoder.config.dim, classes)
+
+    def forward(self, images):
+        return self.classify(self.encoder(images).mean(1))
+
+
+def main() -> None:
+    with plain_errors():
+        _, recipe = parse(sys.argv[1:])
+        data = open_data(recipe.source, short_side=short_side_for(recipe.sides))
+        if data.classes is None:
+            raise ValueError("supervised training needs labels.")
+    torch.manual_seed(recipe.seed)
+    model = Classifier(Encoder(recipe.encoder), len(data.classes)).train()
+    optimizer = adamw(model)
+    views = dataclasses.replace(recipe.views, crops=1)
+    batches = Batches(data.fit, views, recipe.grid, recipe.hide_ratio, recipe.mask, recipe.batch_size, recipe.seed)
+    # As many images as pretraining sees, though fewer of them have labels.
+    steps = max(round(recipe.epochs * (len(data.pretrain) // recipe.batch_size)), 1)
+    per_epoch = len(data.pretrain) // recipe.batch_size
+    names = ("lr", "lr_start", "lr_final", "flat_fraction", "weight_decay", "momentum")
+    rates = {name: getattr(recipe, name) for name in names}
+    schedules = Schedules(total_steps=steps, warmup_steps=round(recipe.warmup_epochs * per_epoch), **rates)
+    started = time.perf_counter()
+    for step, (part,) in enumerate(track(load(batches, range(steps), workers=0, pin=False), total=steps)):
+        set_schedules(optimizer, schedules, step)
+        context, _ = make_views(part.cuts, part.views, size=recipe.sides)
+        rows = batch_indices(step, images=len(data.fit), batch=recipe.batch_size, seed=recipe.seed)
+        loss = F.cross_entropy(model(context[:, 0]), data.fit.labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or float("inf"))
+        optimizer.step()
+    seconds = time.perf_counter() - started
+    model.eval()
+    with torch.inference_mode():
+        parts = torch.arange(len(data.report)).split(256)
+        said = torch.cat([model(whole_images(data.report, rows, size=recipe.sides)).argmax(1) for rows in parts])
+    out = recipe.out or Path("runs/supervised")
+    save_encoder(model.encoder, out)
+    (out / "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1))
+    own = 100 * (said == data.report.labels).double().mean().item()
+    told = {"own_test": round(own, 2), "train_seconds": round(seconds, 1), "steps": steps, "last_loss": loss.item()}
+    (out / "summary.json").write_text(json.dumps(told, indent=1))
+    print(told)
+
+
+if __name__ == "__main__":
+    main()

@@ -69,7 +69,9 @@ def test_a_run_on_photos(labelled, tmp_path, monkeypatch, capsys):
 
     message, _ = run(arguments, monkeypatch, capsys)
     assert "holds a finished run" in message and "--overwrite" in message
+    (out / "eval").mkdir()
     message, _ = run([*arguments, "--overwrite"], monkeypatch, capsys)
+    assert not (out / "eval").exists()  # results of the weights that are gone
     assert message is None and [line["step"] for line in metrics(out)] == list(range(6))
 
 

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import platform
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -143,6 +144,7 @@ def prepare(arguments: list[str]) -> tuple[str, Recipe, Path, Accelerator, Data,
         out.mkdir(parents=True, exist_ok=True)
         for file in RUN_FILES:  # of an unfinished run, or of a finished one that --overwrite gave up
             (out / file).unlink(missing_ok=True)
+        shutil.rmtree(out / "eval", ignore_errors=True)  # says something of weights that are no more
         fields = json.dumps({"recipe": name, **dataclasses.asdict(recipe)}, indent=2, default=str) + "\n"
         write_beside(out / "recipe.json", lambda path: path.write_text(fields))
         if data.unreadable:

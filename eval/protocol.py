@@ -28,7 +28,7 @@ from scott_sparse import Encoder, EncoderConfig, load_encoder
 from scott_sparse.batches import default_workers
 from scott_sparse.command import plain_errors, quietly
 from scott_sparse.data import Data, DataConfig, Images, open_data, short_side_for
-from scott_sparse.features import Features, extract, kept
+from scott_sparse.features import FORM, Features, extract, kept
 from scott_sparse.frozen import FrozenEncoder, Pixels, TimmModel, fingerprint
 from scott_sparse.scores import Scores, score
 from scott_sparse.shapes import Int, Tensor
@@ -144,7 +144,7 @@ def frozen_features(question: Question, *, tokens: bool = False, copies: int = 0
 
     def of(role: str, images: Images, copies: int = 0) -> Features | None:
         height, width = subject.size
-        name = f"{weights}-{data.fingerprint}-{role}-{height}x{width}-{copies}{'-tokens' * tokens}.safetensors"
+        name = f"{FORM}-{weights}-{data.fingerprint}-{role}-{height}x{width}-{copies}{'-tokens' * tokens}.safetensors"
         make = lambda: extract(model, images, size=subject.size, copies=copies, tokens=tokens, workers=workers)  # noqa: E731
         return kept(source.cache_dir / "features" / name, make)
 

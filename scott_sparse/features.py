@@ -24,6 +24,7 @@ from scott_sparse.weights import write_beside
 
 CROPS = ViewConfig(crop_scale=(0.35, 1.0), colour=0.0)
 BATCH = 64
+FORM = 1  # of the features: to be raised when others are extracted from the same weights and images
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def load_encoder(source: str | Path, *, weights: str = "target", engine: str = "
     if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not folder.parent.is_dir():
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(str(source), allow_patterns=[WEIGHTS[weights], CONFIG, "recipe.json"]))
+        folder = Path(snapshot_download(str(source), allow_patterns=[WEIGHTS[weights], CONFIG]))
     for name in (WEIGHTS[weights], CONFIG):
         if not (folder / name).is_file():
             raise ValueError(f"no encoder in {source}: expected {WEIGHTS[weights]} and {CONFIG}; {name} is missing.")

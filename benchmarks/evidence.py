@@ -26,6 +26,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
 CSV = ROOT / "benchmarks" / "evidence.csv"
+CACHE = ".cache/evidence"
 MIM_ONLY = ("--invariance", "0", "--crops", "1")
 
 CELLS = {
@@ -76,9 +77,14 @@ def main() -> None:
     if unknown:
         sys.exit(f"error: unknown cells {sorted(unknown)}; expected some of {', '.join(CELLS)}.")
     cells = [(name, seed) for seed in range(bench.seeds) for name in (bench.only or CELLS)]
+    cells.sort(
+        key=lambda cell: CELLS[cell[0]] is None
+    )  # baselines last: they are those of a run, which is there by then
     with concurrent.futures.ThreadPoolExecutor(bench.jobs) as pool:
-        rows = list(pool.map(lambda cell: measure(bench, *cell), cells))
-    everything = merge([row for row in rows if row is not None])
+        rows = [row for row in pool.map(lambda cell: measure(bench, *cell), cells) if row is not None]
+    if not rows:
+        sys.exit("error: no cell came to its end.")
+    everything = merge(rows)
     report(Path(bench.data).name, everything)
 
 
@@ -89,8 +95,7 @@ def measure(bench: Bench, name: str, seed: int) -> dict | None:
     out = bench.runs / f"{label}-{bench.epochs:g}" / f"{words}-{seed}"
     changes, init = CELLS[name], []
     recipe = "demo" if bench.data == "petals" else "photos"
-    if changes is None:  # a baseline needs a run to be the baseline of
-        measure(bench, "the recipe", seed)
+    if changes is None:  # a baseline is that of a run
         out = out.with_name(f"the-recipe-{seed}")
         init = ["--init", "pixels" if name == "pixels" else "random"]
         changes = ()
@@ -99,7 +104,7 @@ def measure(bench: Bench, name: str, seed: int) -> dict | None:
         script, changes = "benchmarks/supervised.py", ()
     if not (out / "summary.json").exists():
         training = [script, recipe, "--data", bench.data, "--seed", seed, "--epochs", bench.epochs, "--out", out]
-        training += ["--report-every", "0", "--cache-dir", ".cache/evidence", *changes]
+        training += ["--warmup-epochs", bench.epochs / 10, "--report-every", "0", "--cache-dir", CACHE, *changes]
         if not run(training, out):
             return None
     suffix = f"-{init[1]}" if init else ""
@@ -107,7 +112,7 @@ def measure(bench: Bench, name: str, seed: int) -> dict | None:
     for probe in ("knn", "linear"):
         file = out / "eval" / f"{probe}-{label}{suffix}.json"
         if not file.exists():
-            asked = [f"eval/{probe}.py", out, "--data", bench.data, "--cache-dir", ".cache/evidence", *init]
+            asked = [f"eval/{probe}.py", out, "--data", bench.data, "--cache-dir", CACHE, *init]
             if not run(asked, out):
                 return None
         answers[probe] = json.loads(file.read_text())

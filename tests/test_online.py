@@ -59,6 +59,11 @@ def test_without_labels(photos, pretrained):
     assert "RankMe" in printed and "k-NN on val" not in printed
 
 
+def test_without_labels_but_with_splits(photos, pretrained):
+    out, _, code = pretrained(photos({"train": 20, "val": 8, "test": 8}), "--epochs", 2, "--report-every", 1)
+    assert code is None and [report["knn"] for report in reports(out)] == [None] * 3
+
+
 def test_weights_do_not_depend_on_reports(labelled, pretrained):
     more = ("--epochs", 2, "--dropout", 0.1)
     with_reports, _, _ = pretrained(labelled, *more, "--report-every", 0.5)

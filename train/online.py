@@ -38,7 +38,8 @@ class OnlineReport:
         self.every = max(round(epochs * self.steps_per_epoch), 1) if epochs else 0
         budget = min(max(int(SHARE * self.every * recipe.batch_size), LEAST), MOST)
         # Under the paper protocol choices may be made on test: this is not a choice, and stays away from it.
-        self.labelled = data.choose is not None and not torch.isin(data.choose.rows, data.report.rows).any()
+        labelled = data.classes is not None and data.choose is not None
+        self.labelled = labelled and not torch.isin(data.choose.rows, data.report.rows).any()
         self.bank = sample(data.fit if self.labelled else data.pretrain, budget // 2)
         self.queries = sample(data.choose, budget // 4) if self.labelled else None
         self.viewed = sample(data.pretrain, max(budget // (4 * VIEWS), 8))
@@ -49,9 +50,11 @@ class OnlineReport:
 
     def after(self, step: int, loss: torch.Tensor | None) -> None:
         """`step` counts from 1; 0 is before the first. Raises Collapse where that is asked for."""
+        if not self.every:
+            return
         if loss is not None:
             self.losses.append(loss)
-        if not self.every or step % self.every:
+        if step % self.every:
             return
         started = time.perf_counter()
         health = self.examine(step / self.steps_per_epoch)

@@ -77,9 +77,8 @@ def main() -> None:
     if unknown:
         sys.exit(f"error: unknown cells {sorted(unknown)}; expected some of {', '.join(CELLS)}.")
     cells = [(name, seed) for seed in range(bench.seeds) for name in (bench.only or CELLS)]
-    cells.sort(
-        key=lambda cell: CELLS[cell[0]] is None
-    )  # baselines last: they are those of a run, which is there by then
+    # Baselines last: they are those of a run, which is there by then.
+    cells.sort(key=lambda cell: CELLS[cell[0]] is None)
     with concurrent.futures.ThreadPoolExecutor(bench.jobs) as pool:
         rows = [row for row in pool.map(lambda cell: measure(bench, *cell), cells) if row is not None]
     if not rows:

@@ -29,7 +29,6 @@ from scott_sparse.data import open_data, short_side_for  # noqa: E402
 from scott_sparse.features import whole_images  # noqa: E402
 from scott_sparse.optimizer import adamw, set_schedules  # noqa: E402
 from scott_sparse.randomness import batch_indices  # noqa: E402
-from scott_sparse.schedules import Schedules  # noqa: E402
 from scott_sparse.views import make_views  # noqa: E402
 
 
@@ -54,11 +53,8 @@ def main() -> None:
     views = dataclasses.replace(recipe.views, crops=1)
     batches = Batches(data.fit, views, recipe.grid, recipe.hide_ratio, recipe.mask, recipe.batch_size, recipe.seed)
     # As many images as pretraining sees, though fewer of them have labels.
-    steps = max(round(recipe.epochs * (len(data.pretrain) // recipe.batch_size)), 1)
-    per_epoch = len(data.pretrain) // recipe.batch_size
-    names = ("lr", "lr_start", "lr_final", "flat_fraction", "weight_decay", "momentum")
-    rates = {name: getattr(recipe, name) for name in names}
-    schedules = Schedules(total_steps=steps, warmup_steps=round(recipe.warmup_epochs * per_epoch), **rates)
+    schedules = recipe.schedules(len(data.pretrain) // recipe.batch_size)
+    steps = schedules.total_steps
     started = time.perf_counter()
     for step, (part,) in enumerate(track(load(batches, range(steps), workers=0, pin=False), total=steps)):
         set_schedules(optimizer, schedules, step)

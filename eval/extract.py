@@ -14,13 +14,12 @@ import json
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from protocol import Question, ask, open_subject
 from safetensors.torch import save_file
 
 from scott_sparse.batches import default_workers
 from scott_sparse.data import open_data, short_side_for
-from scott_sparse.features import extract
+from scott_sparse.features import extract, processes
 from scott_sparse.weights import write_beside
 
 
@@ -31,7 +30,7 @@ class ExtractQuestion(Question):
 
 
 def main(question: ExtractQuestion) -> None:
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = processes()
     subject = open_subject(question)
     data = open_data(question.source, short_side=short_side_for(subject.size))
     workers = default_workers(streamed=question.source.cache == "none", on_gpu=state.device.type == "cuda")

@@ -11,15 +11,15 @@ import time
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from protocol import Frozen, Question, ask, frozen_features, write
 from rich.console import Console
 from rich.table import Table
 
+from scott_sparse.features import processes
 from scott_sparse.linear import Scale, fit_lbfgs
 from scott_sparse.randomness import generator_at
 from scott_sparse.scores import Scores, check_fitting_set, score
-from scott_sparse.shapes import Int, Tensor
+from scott_sparse.shapes import Float, Int, Tensor
 
 SHOTS = (1, 5, 10)
 DRAWS = 5
@@ -28,9 +28,12 @@ DRAWS = 5
 def main(question: Question) -> None:
     started = time.perf_counter()
     frozen = frozen_features(question)
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         return
-    results = {shots: [few_shot(frozen, shots, draw) for draw in range(DRAWS)] for shots in SHOTS}
+    check_fitting_set(frozen.fit.mean, frozen.fit_labels, len(frozen.data.classes))
+    scale = Scale.of(frozen.fit.mean)
+    fit, test = scale(frozen.fit.mean), scale(frozen.report.mean)
+    results = {shots: [few_shot(frozen, fit, test, shots, draw) for draw in range(DRAWS)] for shots in SHOTS}
     shown = {
         str(shots): {
             measure: _mean_and_spread([getattr(s, measure) for s in scores])
@@ -53,14 +56,12 @@ def main(question: Question) -> None:
     Console().print(table)
 
 
-def few_shot(frozen: Frozen, shots: int, draw: int) -> Scores:
+def few_shot(frozen: Frozen, fit: Float[Tensor, "n C"], test: Float[Tensor, "m C"], shots: int, draw: int) -> Scores:
     """Fit on `shots` images of each class, all of them where a class has fewer, and score on test."""
     labels, classes = frozen.fit_labels, len(frozen.data.classes)
-    check_fitting_set(frozen.fit.mean, labels, classes)
-    scale = Scale.of(frozen.fit.mean)
     rows = draw_shots(labels, shots, draw)
-    (layer,) = fit_lbfgs(scale(frozen.fit.mean[rows]), labels[rows], classes=classes, penalties=(1 / len(rows),))
-    return score(F.linear(scale(frozen.report.mean), *layer), frozen.data.report.labels)
+    (layer,) = fit_lbfgs(fit[rows], labels[rows], classes=classes, penalties=(1 / len(rows),))
+    return score(F.linear(test, *layer), frozen.data.report.labels)
 
 
 def draw_shots(labels: Int[Tensor, " n"], shots: int, draw: int) -> Int[Tensor, " m"]:

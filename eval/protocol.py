@@ -11,14 +11,13 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 import tyro
-from accelerate import PartialState
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +27,7 @@ from scott_sparse import Encoder, EncoderConfig, load_encoder
 from scott_sparse.batches import default_workers
 from scott_sparse.command import plain_errors, quietly
 from scott_sparse.data import Data, DataConfig, Images, open_data, short_side_for
-from scott_sparse.features import FORM, Features, extract, kept
+from scott_sparse.features import FORM, Features, extract, kept, processes
 from scott_sparse.frozen import FrozenEncoder, Pixels, TimmModel, fingerprint
 from scott_sparse.scores import Scores, score
 from scott_sparse.shapes import Int, Tensor
@@ -89,8 +88,7 @@ def ask(question_type: type, about: Callable):
 
 def open_subject(question: Question) -> Subject:
     """Raises ValueError for a run without weights, and where it cannot be told what is meant."""
-    size = question.image_size
-    size = (size, size) if isinstance(size, int) else size
+    size = None if question.image_size is None else _sides(question.image_size)
     if question.timm:
         if question.run or question.init:
             raise ValueError("--timm stands in place of a run and of --init; ask about one at a time.")
@@ -104,9 +102,7 @@ def open_subject(question: Question) -> Subject:
     recipe, summary = (_json(folder / name) for name in ("recipe.json", "summary.json"))
     if size is None and recipe is None:
         raise ValueError(f"{question.run} does not say at which size it was trained; give --image-size.")
-    if size is None:
-        size = recipe["image_size"]
-        size = (size, size) if isinstance(size, int) else tuple(size)
+    size = size or _sides(recipe["image_size"])
     name = question.init or {"target": "pretrained", "context": "context"}[question.weights]
     if question.init == "random":
         if recipe is None:
@@ -121,7 +117,7 @@ def open_subject(question: Question) -> Subject:
 
 def frozen_features(question: Question, *, tokens: bool = False, copies: int = 0) -> Frozen:
     """Features of all roles, extracted by all processes or found in the cache."""
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = processes()
     subject = open_subject(question)
     source = question.source
     seen = subject.pretraining or {}
@@ -145,7 +141,10 @@ def frozen_features(question: Question, *, tokens: bool = False, copies: int = 0
     def of(role: str, images: Images, copies: int = 0) -> Features | None:
         height, width = subject.size
         name = f"{FORM}-{weights}-{data.fingerprint}-{role}-{height}x{width}-{copies}{'-tokens' * tokens}.safetensors"
-        make = lambda: extract(model, images, size=subject.size, copies=copies, tokens=tokens, workers=workers)  # noqa: E731
+
+        def make() -> Features | None:
+            return extract(model, images, size=subject.size, copies=copies, tokens=tokens, workers=workers)
+
         return kept(source.cache_dir / "features" / name, make)
 
     fit, choose = of("fit", data.fit, copies), of("choose", data.choose)
@@ -159,7 +158,7 @@ def answer(question: Question, probe_name: str, fit: Callable, *, tokens: bool =
     """Fit, choose, report, write; `fit(features, labels, classes=, device=)` makes the probe: settings and answers."""
     started = time.perf_counter()
     frozen = frozen_features(question, tokens=tokens, copies=copies)
-    state = PartialState()
+    state = processes()
     if not state.is_main_process:
         return
     data, classes = frozen.data, len(frozen.data.classes)
@@ -175,7 +174,7 @@ def answer(question: Question, probe_name: str, fit: Callable, *, tokens: bool =
         "settings_tried": tried,
     }
     write(question, probe_name, frozen, result, seconds=time.perf_counter() - started)
-    show(question, probe_name, frozen, probe.settings[choice], {"val": val, "test": test})
+    show(probe_name, frozen, probe.settings[choice], {"val": val, "test": test})
 
 
 def choose(probe, features: Features, labels: Int[Tensor, " n"]) -> tuple[int, Scores, list[dict]]:
@@ -191,8 +190,8 @@ def chosen_on(data: Data) -> str:
     return "test" if torch.equal(data.choose.rows, data.report.rows) else "val"
 
 
-def write(question: Question, probe_name: str, frozen: Frozen, result: dict, *, seconds: float) -> Path:
-    """Write the JSON of an answer and the picture of its confusions; returns the path of the JSON."""
+def write(question: Question, probe_name: str, frozen: Frozen, result: dict, *, seconds: float) -> None:
+    """Write the JSON of an answer, and beside it the picture of its confusions."""
     data, source = frozen.data, question.source
     pretraining = frozen.subject.pretraining or {}
     answer = {
@@ -225,10 +224,9 @@ def write(question: Question, probe_name: str, frozen: Frozen, result: dict, *, 
     write_beside(path, lambda beside: beside.write_text(json.dumps(answer, indent=1) + "\n"))
     draw_confusion(path.with_suffix(".png"), result["test"]["confusion"], data.classes)
     print(f"{path}, {path.with_suffix('.png').name}")
-    return path
 
 
-def show(question: Question, probe_name: str, frozen: Frozen, choice: dict, scores: dict[str, Scores]) -> None:
+def show(probe_name: str, frozen: Frozen, choice: dict, scores: dict[str, Scores]) -> None:
     """Print the scores, and how well each class is told."""
     chosen = ", ".join(f"{key} {value}" for key, value in choice.items())
     title = f"{probe_name} on {frozen.subject.name} features; {chosen} chosen on {chosen_on(frozen.data)}"
@@ -275,6 +273,10 @@ def draw_confusion(path: Path, confusion: list[list[int]], classes: tuple[str, .
 
 def _json(path: Path) -> dict | None:
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _sides(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _same(a: str | None, b: str | None) -> bool:

@@ -76,6 +76,11 @@ class _Cuts(Dataset):
         return self.cut((torch.arange(BATCH) + j * BATCH).clamp(max=len(self.images) - 1))
 
 
+def processes() -> PartialState:
+    """This process among those that were launched, on its device."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 @torch.inference_mode()
 def extract(
     model: nn.Module,
@@ -90,7 +95,7 @@ def extract(
 
     `model` is one of `scott_sparse.frozen`, on this process's device. `size`: (height, width) in pixels.
     """
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = processes()
     rounds = [_Cuts.whole(images, size), *(_Cuts.cropped(images, copy) for copy in range(copies))]
     pooled, all_tokens = [], []
     for cuts in rounds:
@@ -114,7 +119,7 @@ def extract(
 
 def kept(path: Path, make: Callable[[], Features | None]) -> Features | None:
     """The features in the file `path`, or those that `make` makes, written there; None on all but the main process."""
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = processes()
     (there,) = broadcast_object_list([path.is_file()])
     if not there:
         features = make()

@@ -36,7 +36,6 @@ from scott_sparse.data import Data, open_data, short_side_for, unreadable_lines
 from scott_sparse.jepa import make_target, target_features, update_target
 from scott_sparse.optimizer import adamw, set_schedules
 from scott_sparse.randomness import generator_at, seed_at
-from scott_sparse.schedules import Schedules
 from scott_sparse.sparse import choose_engine
 from scott_sparse.views import make_views
 from scott_sparse.weights import CONFIG, WEIGHTS, write_beside
@@ -156,17 +155,8 @@ def prepare(arguments: list[str]) -> tuple[str, Recipe, Path, Accelerator, Data,
 def train(recipe: Recipe, out: Path, accelerator: Accelerator, data: Data, model, target, console) -> dict:
     """The loop. Returns what the summary says of it."""
     steps_per_epoch = len(data.pretrain) // recipe.batch_size
-    total_steps = max(round(recipe.epochs * steps_per_epoch), 1)
-    schedules = Schedules(
-        total_steps=total_steps,
-        warmup_steps=round(recipe.warmup_epochs * steps_per_epoch),
-        lr=recipe.lr,
-        lr_start=recipe.lr_start,
-        lr_final=recipe.lr_final,
-        flat_fraction=recipe.flat_fraction,
-        weight_decay=recipe.weight_decay,
-        momentum=recipe.momentum,
-    )
+    schedules = recipe.schedules(steps_per_epoch)
+    total_steps = schedules.total_steps
     optimizer = adamw(model)
     target.to(accelerator.device)
     if recipe.compile:

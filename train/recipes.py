@@ -12,6 +12,7 @@ from scott_sparse.command import quietly
 from scott_sparse.data import DataConfig
 from scott_sparse.jepa import ObjectiveConfig
 from scott_sparse.masks import visible_count
+from scott_sparse.schedules import Schedules
 from scott_sparse.tokenizer import patches_along
 from scott_sparse.views import ViewConfig
 from scott_sparse.vit import EncoderConfig
@@ -109,6 +110,15 @@ class Recipe:
     @property
     def grid(self) -> tuple[int, int]:
         return tuple(patches_along(side, self.patch_size) for side in self.sides)
+
+    def schedules(self, steps_per_epoch: int) -> Schedules:
+        """Of a run of `epochs` epochs."""
+        names = ("lr", "lr_start", "lr_final", "flat_fraction", "weight_decay", "momentum")
+        return Schedules(
+            total_steps=max(round(self.epochs * steps_per_epoch), 1),
+            warmup_steps=round(self.warmup_epochs * steps_per_epoch),
+            **{name: getattr(self, name) for name in names},
+        )
 
     @property
     def encoder(self) -> EncoderConfig:

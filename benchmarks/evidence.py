@@ -3,60 +3,97 @@
     python benchmarks/evidence.py petals
     python benchmarks/evidence.py PHOTOS --jobs 2            # a folder with train/, val/ and test/
 
-Every cell sees the same number of images with the same encoder, on one thread; `--jobs` run side by side. A cell is a
-run folder under runs/evidence: what is there is not run again, so that a bench that was stopped goes on. Each time it
-writes benchmarks/evidence.csv (a row for each cell, merged with what is there) and a figure of each data set beside
-it.
+Every cell sees the same number of images with the same encoder, on one thread, unless its name says "equal seconds":
+then it sees as many as fit the seconds of the recipe. `--jobs` cells run side by side, the first seed of all before
+the second of any. Each run becomes a line of benchmarks/evidence.jsonl; what is there is not run again, so that a bench
+that was stopped goes on. In the end the same as benchmarks/evidence.csv, a table, and a figure of each data set.
 """
 
 import concurrent.futures
 import csv
 import dataclasses
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
+import torch
 import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parent.parent
-CSV = ROOT / "benchmarks" / "evidence.csv"
-CACHE = ".cache/evidence"
-MIM_ONLY = ("--invariance", "0", "--crops", "1")
+sys.path[:0] = [str(ROOT / "train"), str(ROOT / "eval")]
+
+import pretrain  # noqa: E402 - a neighbour of the scripts in train/
+import protocol  # noqa: E402
+import supervised  # noqa: E402
+
+from scott_sparse.features import Features, extract  # noqa: E402
+from scott_sparse.frozen import FrozenEncoder, Pixels  # noqa: E402
+from scott_sparse.jepa import make_target  # noqa: E402
+from scott_sparse.knn import KNNProbe  # noqa: E402
+from scott_sparse.linear import LinearProbe, fit_linear  # noqa: E402
+from scott_sparse.scores import score  # noqa: E402
+from scott_sparse.shapes import Tensor  # noqa: E402
+
+RUNS = ROOT / "benchmarks" / "evidence.jsonl"
+CACHE = Path(".cache/evidence")
+MEASURES = ("knn_val", "linear_val", "knn_test", "linear_test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    flags: tuple[str, ...] = ()
+    """What differs from the recipe."""
+    length: float = 1.0
+    """Images seen, as a multiple of the recipe's."""
+    how: str = "pretrained"
+
+
+def mim(*flags: str) -> Cell:
+    """The published objective alone, on one crop of each image."""
+    return Cell(("--invariance", "0", "--crops", "1", *flags))
+
 
 CELLS = {
-    "pixels": None,
-    "random init": None,
-    "supervised from scratch": ("supervised",),
-    "the recipe": (),
-    "MIM-JEPA alone": MIM_ONLY,
-    "MIM-JEPA alone, patch embedding": (*MIM_ONLY, "--tokenizer", "patch"),
-    "MIM-JEPA alone, context all": (*MIM_ONLY, "--context", "all"),
-    "MIM-JEPA alone, hide .6": (*MIM_ONLY, "--hide-ratio", "0.6"),
-    "patch embedding": ("--tokenizer", "patch"),
-    "context all": ("--context", "all"),
-    "uniform masks": ("--mask", "uniform"),
-    "hide .25": ("--hide-ratio", "0.25"),
-    "hide .4": ("--hide-ratio", "0.4"),
-    "hide .6": ("--hide-ratio", "0.6"),
-    "hide .75": ("--hide-ratio", "0.75"),
-    "EMA from .996": ("--momentum", "0.996", "1.0"),
-    "EMA .9": ("--momentum", "0.9", "0.9"),
-    "lr / 2": ("--lr", "0.001"),
-    "lr x 2": ("--lr", "0.004"),
-    "predictor depth 3": ("--predictor-depth", "3"),
-    "target: mean of 3 blocks": ("--target-blocks", "3"),
-    "VICReg for SIGReg": ("--spread", "vicreg", "--spread-share", "0.5"),
-    "two masks per crop": ("--masks", "2"),
-    "four crops, hide .75": ("--crops", "4", "--hide-ratio", "0.75"),
-    "cross-crop term x 10": ("--invariance", "10"),
+    "pixels": Cell(how="pixels"),
+    "random init": Cell(how="random"),
+    "supervised from scratch": Cell(how="supervised"),
+    "the recipe": Cell(),
+    "without MIM-JEPA": Cell(("--mim", "0")),
+    "without the cross-crop term": mim(),
+    "MIM-JEPA alone, patch embedding": mim("--tokenizer", "patch"),
+    "MIM-JEPA alone, context all": mim("--context", "all"),
+    "MIM-JEPA alone, uniform masks": mim("--mask", "uniform"),
+    "MIM-JEPA alone, hide .4": mim("--hide-ratio", "0.4"),
+    "MIM-JEPA alone, hide .6": mim("--hide-ratio", "0.6"),
+    "MIM-JEPA alone, hide .75": mim("--hide-ratio", "0.75"),
+    "MIM-JEPA alone, EMA .996 to 1": mim("--momentum", "0.996", "1.0"),
+    "MIM-JEPA alone, lr / 4": mim("--lr", "0.00075"),
+    "MIM-JEPA alone, predictor depth 3": mim("--predictor-depth", "3"),
+    "MIM-JEPA alone, target mean of 3 blocks": mim("--target-blocks", "3"),
+    "patch embedding": Cell(("--tokenizer", "patch")),
+    "context all": Cell(("--context", "all")),
+    "uniform masks": Cell(("--mask", "uniform")),
+    "hide .25": Cell(("--hide-ratio", "0.25")),
+    "hide .75": Cell(("--hide-ratio", "0.75")),
+    "EMA .996 to 1": Cell(("--momentum", "0.996", "1.0")),
+    "lr / 2": Cell(("--lr", "0.0015")),
+    "batches of 32": Cell(("--batch-size", "32")),
+    "predictor depth 3": Cell(("--predictor-depth", "3")),
+    "target mean of 3 blocks": Cell(("--target-blocks", "3")),
+    "VICReg for SIGReg": Cell(("--spread", "vicreg", "--spread-share", "0.5")),
+    "cross-crop term x 3": Cell(("--invariance", "3")),
+    "crops from .5": Cell(("--crop-scale", "0.5", "1.0")),
+    "drop path .1": Cell(("--drop-path", "0.1")),
+    "two masks per crop": Cell(("--masks", "2")),
+    "four crops, hide .75": Cell(("--crops", "4", "--hide-ratio", "0.75")),
+    "four crops, hide .5": Cell(("--crops", "4")),
 }
-MEASURES = ("knn_val", "linear_val", "knn_test", "linear_test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +101,14 @@ class Bench:
     data: tyro.conf.Positional[str]
     """petals, or a folder of photos."""
     epochs: float = 6.0
-    seeds: int = 3
+    seeds: tuple[int, ...] = (0, 1, 2)
     only: tuple[str, ...] = ()
     """Cells by name; default all."""
     jobs: int = 2
-    runs: Path = Path("runs/evidence")
+
+    @property
+    def label(self) -> str:
+        return f"{Path(self.data).name}-{self.epochs:g}"
 
 
 def main() -> None:
@@ -76,103 +116,110 @@ def main() -> None:
     unknown = set(bench.only) - set(CELLS)
     if unknown:
         sys.exit(f"error: unknown cells {sorted(unknown)}; expected some of {', '.join(CELLS)}.")
-    cells = [(name, seed) for seed in range(bench.seeds) for name in (bench.only or CELLS)]
-    # Baselines last: they are those of a run, which is there by then.
-    cells.sort(key=lambda cell: CELLS[cell[0]] is None)
-    with concurrent.futures.ThreadPoolExecutor(bench.jobs) as pool:
-        rows = [row for row in pool.map(lambda cell: measure(bench, *cell), cells) if row is not None]
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started below
+    done = {(row["cell"], row["seed"]) for row in read(bench)}
+    asked = [(name, seed) for seed in bench.seeds for name in bench.only or CELLS]
+    missing = [(name, seed) for name, seed in asked if (name, seed) not in done and (name != "pixels" or seed == 0)]
+    # A process each: what a run leaves in its process (seeds, Accelerate's state) must not reach the next.
+    with concurrent.futures.ProcessPoolExecutor(
+        bench.jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
+        running = {pool.submit(run_cell, bench, name, seed): name for name, seed in missing}
+        for ended in concurrent.futures.as_completed(running):
+            if ended.exception():
+                print(f"{running[ended]} failed: {ended.exception()}", flush=True)
+                continue
+            with RUNS.open("a") as file:
+                file.write(json.dumps(ended.result()) + "\n")
+            print(json.dumps(ended.result()), flush=True)
+    rows = read(bench)
     if not rows:
         sys.exit("error: no cell came to its end.")
-    everything = merge(rows)
-    report(Path(bench.data).name, everything)
+    write_csv()
+    report(bench.label, rows)
 
 
-def measure(bench: Bench, name: str, seed: int) -> dict | None:
-    """Run a cell if it has not been run, and read its results. A cell that fails is printed, and left out."""
-    label = Path(bench.data).name
-    words = "".join(c if c.isalnum() else "-" for c in name)
-    out = bench.runs / f"{label}-{bench.epochs:g}" / f"{words}-{seed}"
-    changes, init = CELLS[name], []
-    recipe = "demo" if bench.data == "petals" else "photos"
-    if changes is None:  # a baseline is that of a run
-        out = out.with_name(f"the-recipe-{seed}")
-        init = ["--init", "pixels" if name == "pixels" else "random"]
-        changes = ()
-    script = "train/pretrain.py"
-    if changes == ("supervised",):
-        script, changes = "benchmarks/supervised.py", ()
-    if not (out / "summary.json").exists():
-        training = [script, recipe, "--data", bench.data, "--seed", seed, "--epochs", bench.epochs, "--out", out]
-        training += ["--warmup-epochs", bench.epochs / 10, "--report-every", "0", "--cache-dir", CACHE, *changes]
-        if not run(training, out):
-            return None
-    suffix = f"-{init[1]}" if init else ""
-    answers = {}
-    for probe in ("knn", "linear"):
-        file = out / "eval" / f"{probe}-{label}{suffix}.json"
-        if not file.exists():
-            asked = [f"eval/{probe}.py", out, "--data", bench.data, "--cache-dir", CACHE, *init]
-            if not run(asked, out):
-                return None
-        answers[probe] = json.loads(file.read_text())
-    summary = json.loads((out / "summary.json").read_text())
-    row = {"data": label, "epochs": bench.epochs, "cell": name, "seed": seed}
-    row |= {f"{probe}_{split}": answers[probe][split]["top1"] for probe in answers for split in ("val", "test")}
-    row |= {"own_test": summary.get("own_test", ""), "seconds": 0 if init else summary["train_seconds"]}
-    row["commit"] = answers["linear"]["commit"]
-    print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    return row
+def read(bench: Bench | None = None) -> list[dict]:
+    """The runs of a bench, or all of them."""
+    rows = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+    return [row for row in rows if bench is None or row["bench"] == bench.label]
 
 
-def run(arguments: list, out: Path) -> bool:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    if done.returncode:
-        print(f"{out.name} failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}", flush=True)
-    return done.returncode == 0
+def run_cell(bench: Bench, name: str, seed: int) -> dict:
+    """Train a cell as train/pretrain.py does, and ask its frozen features what eval/ asks."""
+    cell = CELLS[name]
+    flags = ["demo" if bench.data == "petals" else "small-data", "--data", bench.data, "--seed", seed]
+    flags += ["--epochs", bench.epochs * cell.length, "--report-every", 0, "--engine", "dense", "--cache-dir", CACHE]
+    flags += [
+        "--out",
+        Path("runs/evidence", f"{bench.label}-{seed}-{name}".replace(" ", "-")),
+        "--overwrite",
+        *cell.flags,
+    ]
+    _, recipe, out, accelerator, data, model = pretrain.prepare([str(flag) for flag in flags])
+    encoder, told = make_target(model.encoder), {}
+    if cell.how == "pretrained":
+        told = pretrain.train(recipe, out, accelerator, data, model, encoder, Console(quiet=True))
+    elif cell.how == "supervised":
+        encoder, told = supervised.train(recipe, data)
+    subject = Pixels(recipe.patch_size) if cell.how == "pixels" else FrozenEncoder(encoder)
+    fit, choose, test = (extract(subject, part, size=recipe.sides) for part in (data.fit, data.choose, data.report))
+    row = {"bench": bench.label, "cell": name, "seed": seed}
+    for probe_name, probe in probes(fit, data.fit.labels, len(data.classes)).items():
+        choice, val, _ = protocol.choose(probe, choose, data.choose.labels)
+        (answers,) = probe.answers(test, [choice])
+        row |= {f"{probe_name}_val": round(val.top1, 2)}
+        row |= {f"{probe_name}_test": round(score(answers, data.report.labels).top1, 2)}
+        row |= {f"{probe_name}_choice": probe.settings[choice]}
+    row |= {key: told.get(key) for key in ("train_seconds", "steps", "own_test")}
+    return {**row, "flags": [str(flag) for flag in flags], "commit": protocol.commit(), "torch": torch.__version__}
 
 
-def merge(rows: list[dict]) -> list[dict]:
-    """New rows replace old ones of the same cell."""
-    old = list(csv.DictReader(CSV.open())) if CSV.exists() else []
-    keyed = {tuple(str(row[k]) for k in ("data", "epochs", "cell", "seed")): row for row in [*old, *rows]}
-    every = [{key: str(value) for key, value in row.items()} for row in keyed.values()]
-    with CSV.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(every[0]))
+def probes(fit: Features, labels: Tensor, classes: int) -> dict[str, KNNProbe | LinearProbe]:
+    on = {"classes": classes, "device": torch.device("cpu")}
+    return {"knn": KNNProbe(fit.mean, labels, **on), "linear": fit_linear(fit, labels, solver="lbfgs", **on)}
+
+
+def write_csv() -> None:
+    rows = sorted(read(), key=lambda row: (row["bench"], list(CELLS).index(row["cell"]), row["seed"]))
+    columns = ("bench", "cell", "seed", *MEASURES, "own_test", "train_seconds", "steps", "commit")
+    with RUNS.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(every)
-    return every
+        writer.writerows(rows)
 
 
 def report(label: str, rows: list[dict]) -> None:
-    """Print mean and spread over seeds, and draw them."""
-    rows = [row for row in rows if row["data"] == label]
-    table = Table(title=f"{label}: mean ± deviation over seeds, %")
+    """Print mean and spread over seeds, also as Markdown, and draw them."""
+    table = Table(title=f"{label} epochs: mean ± deviation over seeds, %")
+    lines = [f"| {label} epochs | seeds | {' | '.join(MEASURES)} | seconds |", "|---" * (len(MEASURES) + 3) + "|"]
     for column in ("", "seeds", *MEASURES, "seconds"):
         table.add_column(column, justify="right")
     names = [name for name in CELLS if any(row["cell"] == name for row in rows)]
-    figure = Figure(figsize=(7, 0.3 * len(names) + 1.2), layout="constrained")
+    figure = Figure(figsize=(7, 0.24 * len(names) + 1.2), layout="constrained")
     axes = figure.subplots()
-    for height, name in enumerate(reversed(names)):
+    for height, name in enumerate(names):
         of_cell = [row for row in rows if row["cell"] == name]
-        cells = []
+        cells = [name, str(len(of_cell))]
         for measure in MEASURES:
-            values = [float(row[measure]) for row in of_cell]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):.1f} ± {spread:.1f}")
+            values = [row[measure] for row in of_cell]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
             if measure in ("knn_test", "linear_test"):
                 colour = {"knn_test": "tab:orange", "linear_test": "tab:blue"}[measure]
                 axes.plot(values, [height] * len(values), "o", color=colour, alpha=0.6, markersize=4)
                 axes.plot(statistics.mean(values), height, "|", color=colour, markersize=14)
-        seconds = statistics.median(float(row["seconds"]) for row in of_cell)
-        table.add_row(name, str(len(of_cell)), *cells, f"{seconds:.0f}")
-    axes.set_yticks(range(len(names)), list(reversed(names)), fontsize=8)
-    axes.set(xlabel="test top-1, % (orange k-NN, blue linear; dots are seeds)", title=label)
+        seconds = [row["train_seconds"] for row in of_cell if row["train_seconds"]]
+        cells.append(f"{statistics.median(seconds):.0f}" if seconds else "")
+        table.add_row(*cells)
+        lines.append(f"| {' | '.join(cells)} |")
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="test top-1, % (orange k-NN, blue linear; dots are seeds)", title=f"{label} epochs")
     axes.grid(axis="x", alpha=0.3)
-    figure.savefig(CSV.with_name(f"evidence-{label}.png"), dpi=110)
+    figure.savefig(RUNS.with_name(f"evidence-{label}.png"), dpi=110)
     Console(width=130).print(table)
+    print("\n".join(["", *lines]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The same encoder trained with labels from scratch: cross-entropy on the mean token, the views of a recipe, AdamW.
 
-    python benchmarks/supervised.py photos --data PHOTOS --epochs 6 --out runs/supervised
+    python benchmarks/supervised.py small-data --data PHOTOS --epochs 6 --out runs/supervised
 
 Flags are those of train/pretrain.py; only the first crop's context view is used, nothing hidden, so that as many
 images are seen as in pretraining. Only the images a probe is fitted on have labels here. The run folder serves eval/
@@ -20,12 +20,12 @@ from rich.progress import track
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "train"))
 
-from recipes import parse  # noqa: E402 - a neighbour of the scripts in train/
+from recipes import Recipe, parse  # noqa: E402 - a neighbour of the scripts in train/
 
 from scott_sparse import Encoder, save_encoder  # noqa: E402
 from scott_sparse.batches import Batches, load  # noqa: E402
 from scott_sparse.command import plain_errors  # noqa: E402
-from scott_sparse.data import open_data, short_side_for  # noqa: E402
+from scott_sparse.data import Data, open_data, short_side_for  # noqa: E402
 from scott_sparse.features import whole_images  # noqa: E402
 from scott_sparse.optimizer import adamw, set_schedules  # noqa: E402
 from scott_sparse.randomness import batch_indices  # noqa: E402
@@ -47,6 +47,16 @@ def main() -> None:
         data = open_data(recipe.source, short_side=short_side_for(recipe.sides))
         if data.classes is None:
             raise ValueError("supervised training needs labels.")
+    encoder, told = train(recipe, data)
+    out = recipe.out or Path("runs/supervised")
+    save_encoder(encoder, out)
+    (out / "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1))
+    (out / "summary.json").write_text(json.dumps(told, indent=1))
+    print(told)
+
+
+def train(recipe: Recipe, data: Data) -> tuple[Encoder, dict]:
+    """The encoder, and what is to be said of its training."""
     torch.manual_seed(recipe.seed)
     model = Classifier(Encoder(recipe.encoder), len(data.classes)).train()
     optimizer = adamw(model)
@@ -70,13 +80,13 @@ def main() -> None:
     with torch.inference_mode():
         parts = torch.arange(len(data.report)).split(256)
         said = torch.cat([model(whole_images(data.report, rows, size=recipe.sides)).argmax(1) for rows in parts])
-    out = recipe.out or Path("runs/supervised")
-    save_encoder(model.encoder, out)
-    (out / "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1))
     own = 100 * (said == data.report.labels).double().mean().item()
-    told = {"own_test": round(own, 2), "train_seconds": round(seconds, 1), "steps": steps, "last_loss": loss.item()}
-    (out / "summary.json").write_text(json.dumps(told, indent=1))
-    print(told)
+    return model.encoder, {
+        "own_test": round(own, 2),
+        "train_seconds": round(seconds, 1),
+        "steps": steps,
+        "last_loss": loss.item(),
+    }
 
 
 if __name__ == "__main__":

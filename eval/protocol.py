@@ -211,7 +211,7 @@ def write(question: Question, probe_name: str, frozen: Frozen, result: dict, *, 
         "classes": list(data.classes),
         **result,
         "seconds": round(seconds, 1),
-        "commit": _commit(),
+        "commit": commit(),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "scott-sparse")}},
         "command": " ".join(sys.argv),
     }
@@ -284,7 +284,7 @@ def _same(a: str | None, b: str | None) -> bool:
     return a == b or (a is not None and b is not None and Path(a).resolve() == Path(b).resolve())
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Of the code, where it lies in a repository."""
     told = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True

@@ -24,6 +24,8 @@ from scott_sparse.vit import Encoder, EncoderConfig, Predictor, layer_norm
 class ObjectiveConfig:
     """Which terms the loss has, and how the context encoder sees its images."""
 
+    mim: float = 1.0
+    """Weight of MIM-JEPA; 0 leaves out the target's pass and the predictor as well."""
     predictor_depth: int = 3
     context: str = "all"
     """'all': mask tokens in the context encoder, as published. 'visible': packed visible tokens only."""
@@ -42,9 +44,12 @@ class ObjectiveConfig:
     def __post_init__(self):
         if self.context not in ("all", "visible"):
             raise ValueError(f"unknown context {self.context!r}; expected 'all' or 'visible'.")
-        if not 0 <= self.spread_share <= 1 or self.invariance < 0:
+        if not 0 <= self.spread_share <= 1:
+            raise ValueError(f"spread_share {self.spread_share} must lie in [0, 1].")
+        if min(self.mim, self.invariance) < 0 or self.mim + self.invariance == 0:
             raise ValueError(
-                f"spread_share {self.spread_share} must lie in [0, 1] and invariance {self.invariance} not be negative."
+                f"mim {self.mim:g} and invariance {self.invariance:g} must not be negative, nor both be 0: "
+                "they are the weights of the loss."
             )
         if self.target_blocks < 1:
             raise ValueError(f"target_blocks is {self.target_blocks}; expected 1 or more.")
@@ -52,7 +57,7 @@ class ObjectiveConfig:
     @property
     def terms(self) -> tuple[str, ...]:
         spread = {"sigreg": "SIGReg", "vicreg": "VICReg"}[self.spread]
-        return ("MIM-JEPA", "invariance", spread) if self.invariance else ("MIM-JEPA",)
+        return ("MIM-JEPA",) * (self.mim > 0) + ("invariance", spread) * (self.invariance > 0)
 
 
 class MIMJEPA(nn.Module):
@@ -65,31 +70,30 @@ class MIMJEPA(nn.Module):
         super().__init__()
         self.objective = objective
         self.encoder = Encoder(encoder, engine=engine)
-        self.predictor = Predictor(encoder, objective.predictor_depth)
-        self.projector = None
-        if objective.invariance:
-            self.projector = Projector(encoder.dim, *objective.projector)
+        self.predictor = Predictor(encoder, objective.predictor_depth) if objective.mim else None
+        self.projector = Projector(encoder.dim, *objective.projector) if objective.invariance else None
 
     def forward(
         self,
         images: Float[Tensor, "B V 3 H W"],
         visible: Bool[Tensor, "B VM N"],
-        targets: Float[Tensor, "B N D"],
+        targets: Float[Tensor, "B N D"] | None,
         directions: Float[Tensor, "E M"] | None = None,
     ) -> dict[str, Tensor]:
         """Loss terms of V crops per image, each seen under M masks; `loss` is their weighted sum.
 
-        `targets` belong to each image's first crop, the one that MIM-JEPA predicts, under each of its masks; the other
-        crops cost no target pass. `directions`: columns of unit length for SIGReg (see `draw_directions`), if it is on.
+        `targets` (with MIM-JEPA) belong to each image's first crop, the one that is predicted, under each of its masks;
+        the other crops cost no target pass. `directions`: columns of unit length for SIGReg (see `draw_directions`), if
+        it is on.
         """
-        masks = visible.shape[1] // images.shape[1]
+        masks, losses = visible.shape[1] // images.shape[1], {}
         crops, seen = images.repeat_interleave(masks, 1).flatten(0, 1), visible.flatten(0, 1)
         features = self.context_features(crops, seen)
-        of_first = rearrange(features, "(b w) n d -> b w n d", b=len(images))[:, :masks].flatten(0, 1)
-        predictions = self.predictor(of_first, self.encoder.tokenizer.grid(crops))
-        hidden = ~visible[:, :masks].flatten(0, 1)
-        losses = {"mim": masked_smooth_l1(predictions, targets.repeat_interleave(masks, 0), hidden=hidden)}
-        losses["loss"] = losses["mim"]
+        if self.predictor is not None:
+            of_first = rearrange(features, "(b w) n d -> b w n d", b=len(images))[:, :masks].flatten(0, 1)
+            predictions = self.predictor(of_first, self.encoder.tokenizer.grid(crops))
+            hidden = ~visible[:, :masks].flatten(0, 1)
+            losses["mim"] = masked_smooth_l1(predictions, targets.repeat_interleave(masks, 0), hidden=hidden)
         if self.projector is not None:
             weight = seen[..., None].to(features.dtype)
             pooled = (features * weight).sum(1) / weight.sum(1)
@@ -99,10 +103,18 @@ class MIMJEPA(nn.Module):
                 for view in embeddings
             ]
             losses["invariance"], losses[self.objective.spread] = invariance(embeddings), torch.stack(spread).mean()
-            share = self.objective.spread_share
-            term = (1 - share) * losses["invariance"] + share * losses[self.objective.spread]
-            losses["loss"] = losses["loss"] + self.objective.invariance * term
-        return losses
+        return {**losses, "loss": self.total(losses)}
+
+    def total(self, losses: dict[str, Tensor]) -> Float[Tensor, ""]:
+        """mim * MIM-JEPA + invariance * ((1 - spread_share) * cross-crop invariance + spread_share * SIGReg)."""
+        objective, total = self.objective, 0.0
+        if self.predictor is not None:
+            total = total + objective.mim * losses["mim"]
+        if self.projector is not None:
+            share = objective.spread_share
+            term = (1 - share) * losses["invariance"] + share * losses[objective.spread]
+            total = total + objective.invariance * term
+        return total
 
     def context_features(self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]) -> Tensor:
         """What the predictor gets, (B, N, D): context features, with mask tokens before or after the encoder."""

@@ -96,7 +96,19 @@ def test_the_first_weights_of_a_run_are_those_of_its_seed(tmp_path, photos_folde
     """Of a real run, whose learning rate is next to nothing."""
     import pretrain
 
-    tiny = ["photos", "--image-size", "16", "--size", "demo", "--batch-size", "8", "--stem-width", "8", "--lr", "1e-30"]
+    tiny = [
+        "small-data",
+        "--image-size",
+        "16",
+        "--size",
+        "demo",
+        "--batch-size",
+        "8",
+        "--stem-width",
+        "8",
+        "--lr",
+        "1e-30",
+    ]
     tiny += ["--lr-start", "1e-30", "--lr-final", "1e-30", "--epochs", "0.3", "--warmup-epochs", "0", "--seed", "5"]
     arguments = [*tiny, "--data", str(photos_folder), "--cache-dir", str(tmp_path), "--out", str(tmp_path / "run")]
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])

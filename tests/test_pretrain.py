@@ -160,7 +160,7 @@ MISTAKES = {
     "hide ratio 0": (["--hide-ratio", "0"], r"hide_ratio 0.0 is outside (0, 1)"),
     "hide ratio 1": (["--hide-ratio", "1"], r"hide_ratio 1.0 is outside (0, 1)"),
     "no folder": (["--data", "nowhere"], "nowhere: no such folder"),
-    "no data": (["photos"], "--data needs a folder of images"),
+    "no data": (["small-data"], "--data needs a folder of images"),
     "batch size": (["--batch-size", "6000"], "batch_size 6000 is larger than the data set (5000 images"),
     "accumulate": (["--accumulate", "7"], "does not divide"),
     "one crop": (["--crops", "1"], "invariance compares views of one image"),

@@ -186,8 +186,10 @@ def train(recipe: Recipe, out: Path, accelerator: Accelerator, data: Data, model
                     context, uncovered = make_views(cuts, part.views, size=recipe.sides)
                 visible = part.visible.to(accelerator.device, non_blocking=True)
                 # 1. The target encoder looks at the whole of each image's first crop.
-                with accelerator.autocast():
-                    targets = target_features(target, uncovered, blocks=recipe.objective.target_blocks)
+                targets = None
+                if recipe.objective.mim:
+                    with accelerator.autocast():
+                        targets = target_features(target, uncovered, blocks=recipe.objective.target_blocks)
                 # 2. The context encoder sees what is visible, the predictor answers for what is hidden.
                 last = number == recipe.accumulate - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,8 @@ from scott_sparse.schedules import Schedules
 from scott_sparse.tokenizer import patches_along
 from scott_sparse.views import ViewConfig
 from scott_sparse.vit import EncoderConfig
+
+EMA_WINDOW = 0.04  # of a run's steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +62,15 @@ class Recipe:
     lr: float = 5e-4
     lr_start: float = 1e-6
     lr_final: float = 1e-5
-    warmup_epochs: float = 40
+    lr_batch: int | None = None
+    """Batch size that `lr` is meant for: another one trains with lr * sqrt(batch_size / lr_batch), as suits Adam (arXiv
+    2205.10287). Default: `lr` as it is."""
+    warmup_epochs: float | None = 40
+    """None: a tenth of the run."""
     flat_fraction: float = 0.72
     weight_decay: tuple[float, float] = (0.04, 0.4)
-    momentum: tuple[float, float] = (0.996, 1.0)
-    """Of the EMA target, first and last step."""
+    momentum: tuple[float, float] | None = (0.996, 1.0)
+    """Of the EMA target, first and last step. None: constant, so that it averages over 4 % of the run's steps."""
     clip: float | None = None
     """Largest gradient norm."""
 
@@ -90,12 +97,12 @@ class Recipe:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive.")
         if (self.report_every or 0) < 0:
             raise ValueError(f"report_every {self.report_every} must be 0 (none) or more epochs.")
-        if not 0 <= self.warmup_epochs < self.epochs:
+        if self.warmup_epochs is not None and not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
                 f"warmup_epochs {self.warmup_epochs:g} must be less than epochs {self.epochs:g}; "
                 f"use --warmup-epochs {self.epochs / 10:g}."
             )
-        if not all(0 <= momentum <= 1 for momentum in self.momentum):
+        if self.momentum is not None and not all(0 <= momentum <= 1 for momentum in self.momentum):
             raise ValueError(f"momentum {self.momentum} must lie in [0, 1].")
         self.encoder  # noqa: B018 - validates size, tokenizer and rates
         visible_count(self.grid[0] * self.grid[1], self.hide_ratio)
@@ -113,11 +120,19 @@ class Recipe:
 
     def schedules(self, steps_per_epoch: int) -> Schedules:
         """Of a run of `epochs` epochs."""
-        names = ("lr", "lr_start", "lr_final", "flat_fraction", "weight_decay", "momentum")
+        steps = max(round(self.epochs * steps_per_epoch), 1)
+        warmup = self.epochs / 10 if self.warmup_epochs is None else self.warmup_epochs
+        constant = max(1 - 1 / (EMA_WINDOW * steps), 0.0)
+        scale = math.sqrt(self.batch_size / self.lr_batch) if self.lr_batch else 1.0
         return Schedules(
-            total_steps=max(round(self.epochs * steps_per_epoch), 1),
-            warmup_steps=round(self.warmup_epochs * steps_per_epoch),
-            **{name: getattr(self, name) for name in names},
+            total_steps=steps,
+            warmup_steps=round(warmup * steps_per_epoch),
+            lr=self.lr * scale,
+            lr_start=self.lr_start,
+            lr_final=self.lr_final * scale,
+            flat_fraction=self.flat_fraction,
+            weight_decay=self.weight_decay,
+            momentum=self.momentum or (constant, constant),
         )
 
     @property
@@ -150,23 +165,26 @@ DEMO = Recipe(
     report_every=2,
 )
 
-# The demo for photos, where colour does say something: the views of the paper, half of the patches hidden.
-PHOTOS = dataclasses.replace(
+# The demo for photos, where colour does say something: the views of the paper, half of the patches hidden. Rates follow
+# batch and length, so that --epochs and --batch-size can be changed alone.
+SMALL_DATA = dataclasses.replace(
     DEMO,
     source=DataConfig(),
     image_size=64,
     hide_ratio=0.5,
     views=ViewConfig(crops=2),
     epochs=24,
-    batch_size=32,
-    lr=2e-3,
+    lr_batch=64,
+    warmup_epochs=None,
+    momentum=None,
+    report_every=None,
 )
 
 RECIPES = {
     "demo": ("MIM-JEPA with invariance + SIGReg on petals at 48 px: five minutes on two CPU cores", DEMO),
-    "photos": (
+    "small-data": (
         "the demo's model and loss with the paper's mild colours, 64 px; what a plain --data FOLDER runs",
-        PHOTOS,
+        SMALL_DATA,
     ),
     "flowers102": ("the paper's recipe as published, and its data set: 224 px, 300 epochs", FLOWERS102),
 }
@@ -175,7 +193,7 @@ RECIPES = {
 def parse(arguments: list[str]) -> tuple[str, Recipe]:
     """(name, recipe) from `[NAME] [--field value ...]`. Raises ValueError for mistakes.
 
-    No name is the demo, or `photos` where --data is something other than petals.
+    No name is the demo, or `small-data` where --data is something other than petals.
     """
     if arguments and not arguments[0].startswith("-"):
         name, arguments = arguments[0], arguments[1:]
@@ -183,7 +201,7 @@ def parse(arguments: list[str]) -> tuple[str, Recipe]:
         name, recipe = parse(["demo", *arguments])
         if recipe.source.data == "petals":
             return name, recipe
-        name = "photos"
+        name = "small-data"
     if name not in RECIPES:
         known = ", ".join(f"{key} ({about})" for key, (about, _) in RECIPES.items())
         raise ValueError(f"unknown recipe {name!r}; expected one of: {known}.")

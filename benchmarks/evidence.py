@@ -41,6 +41,13 @@ from scott_sparse.scores import score  # noqa: E402
 from scott_sparse.shapes import Tensor  # noqa: E402
 
 RUNS = ROOT / "benchmarks" / "evidence.jsonl"
+PENALTIES = (
+    1e-2,
+    1e-3,
+    3e-4,
+    1e-4,
+    3e-5,
+)  # fewer than eval/linear.py tries: it would take longer than some cells train
 CACHE = Path(".cache/evidence")
 MEASURES = ("knn_val", "linear_val", "knn_test", "linear_test")
 
@@ -177,7 +184,8 @@ def run_cell(bench: Bench, name: str, seed: int) -> dict:
 
 def probes(fit: Features, labels: Tensor, classes: int) -> dict[str, KNNProbe | LinearProbe]:
     on = {"classes": classes, "device": torch.device("cpu")}
-    return {"knn": KNNProbe(fit.mean, labels, **on), "linear": fit_linear(fit, labels, solver="lbfgs", **on)}
+    linear = fit_linear(fit, labels, solver="lbfgs", penalties=PENALTIES, **on)
+    return {"knn": KNNProbe(fit.mean, labels, **on), "linear": linear}
 
 
 def write_csv() -> None:

@@ -62,11 +62,18 @@ def of_kind(features: Features, kind: str) -> Float[Tensor, "n C"]:
 
 
 def fit_linear(
-    features: Features, labels: Int[Tensor, " n"], *, classes: int, solver: str, device: torch.device, epochs: int = 100
+    features: Features,
+    labels: Int[Tensor, " n"],
+    *,
+    classes: int,
+    solver: str,
+    device: torch.device,
+    epochs: int = 100,
+    penalties: Sequence[float] = PENALTIES,
 ) -> LinearProbe:
     """Fit every setting of a solver, "lbfgs" or "sgd", on both kinds of features where there is more than one block.
 
-    Raises ValueError as `check_fitting_set` does.
+    `epochs` are those of sgd, `penalties` those of lbfgs. Raises ValueError as `check_fitting_set` does.
     """
     check_fitting_set(features.pooled, labels, classes)
     settings, scales, layers = [], {}, []
@@ -75,8 +82,8 @@ def fit_linear(
         scales[kind] = Scale.of(x)
         x, where = scales[kind](x).to(device), labels.to(device)
         if solver == "lbfgs":
-            layers += fit_lbfgs(x, where, classes=classes)
-            settings += [{"features": kind, "l2": float(f"{value:.3g}")} for value in PENALTIES]
+            layers += fit_lbfgs(x, where, classes=classes, penalties=penalties)
+            settings += [{"features": kind, "l2": float(f"{value:.3g}")} for value in penalties]
         else:
             layers += fit_sgd(x, where, classes=classes, epochs=epochs)
             settings += [{"features": kind, "lr": value} for value in RATES]

@@ -163,10 +163,10 @@ def run_cell(bench: Bench, name: str, seed: int) -> dict:
         "--overwrite",
         *cell.flags,
     ]
-    _, recipe, out, accelerator, data, model = pretrain.prepare([str(flag) for flag in flags])
-    encoder, told = make_target(model.encoder), {}
+    run = pretrain.prepare([str(flag) for flag in flags])
+    recipe, data, encoder, told = run.recipe, run.data, make_target(run.model.encoder), {}
     if cell.how == "pretrained":
-        told = pretrain.train(recipe, out, accelerator, data, model, encoder, Console(quiet=True))
+        told = pretrain.train(run, encoder)
     elif cell.how == "supervised":
         encoder, told = supervised.train(recipe, data)
     subject = Pixels(recipe.patch_size) if cell.how == "pixels" else FrozenEncoder(encoder)

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from scott_sparse import Encoder, EncoderConfig, load_encoder
+from scott_sparse import Encoder, load_encoder
 from scott_sparse.batches import default_workers
 from scott_sparse.command import plain_errors, quietly
 from scott_sparse.data import Data, DataConfig, Images, open_data, short_side_for
@@ -31,7 +31,8 @@ from scott_sparse.features import FORM, Features, extract, kept, processes
 from scott_sparse.frozen import FrozenEncoder, Pixels, TimmModel, fingerprint
 from scott_sparse.scores import Scores, score
 from scott_sparse.shapes import Int, Tensor
-from scott_sparse.weights import CONFIG, write_beside
+from scott_sparse.untrusted import read_json
+from scott_sparse.weights import CONFIG, read_config, write_beside
 
 WORST = 10
 
@@ -108,7 +109,7 @@ def open_subject(question: Question) -> Subject:
         if recipe is None:
             raise ValueError(f"{question.run} has no recipe.json, which says the seed of its first weights.")
         torch.manual_seed(recipe["seed"])  # as in train/pretrain.py, where the encoder is made first
-        encoder = Encoder(EncoderConfig(**_json(folder / CONFIG)))
+        encoder = Encoder(read_config(folder / CONFIG))
     model = Pixels(encoder.config.patch_size) if question.init == "pixels" else FrozenEncoder(encoder)
     pretraining = None if question.init else (summary or {}).get("data")
     out = question.out or (folder / "eval" if folder.is_dir() else Path("runs", folder.name, "eval"))
@@ -272,7 +273,7 @@ def draw_confusion(path: Path, confusion: list[list[int]], classes: tuple[str, .
 
 
 def _json(path: Path) -> dict | None:
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _sides(size: int | Sequence[int]) -> tuple[int, int]:

@@ -137,7 +137,7 @@ class Data:
     leaked: int
     """Images of `report` that are in `pretrain` pixel for pixel, under another name."""
     fingerprint: str
-    """A hash of what is in `fit`, `choose` and `report`: pixels and labels."""
+    """A hash of what is in each role: pixels and labels."""
 
 
 def short_side_for(sides: tuple[int, int]) -> int:
@@ -238,7 +238,7 @@ def _data(images: Images, roles: Splits, classes, digests: Int[Tensor, " n"], un
     contents = {of[i] for i in seen}
     leaked = sum(i not in seen and of[i] in contents for i in roles["report"])
     fingerprint = hashlib.blake2b(digest_size=16)
-    for role in ("fit", "choose", "report"):
+    for role in ("pretrain", "fit", "choose", "report"):
         labels = images.labels.tolist() if classes else [None] * len(images)
         fingerprint.update(repr([(of[i], labels[i]) for i in roles[role]]).encode())
     return Data(**parts, classes=classes, unreadable=unreadable, leaked=leaked, fingerprint=fingerprint.hexdigest())

@@ -43,6 +43,13 @@ class EncoderConfig:
     drop_path: float = 0.0
 
     def __post_init__(self):
+        for name, most in (("dim", 16384), ("depth", 256), ("heads", 256), ("patch_size", 1024), ("stem_width", 16384)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} {getattr(self, name)} is outside 1 to {most}.")
+        if not 0 <= self.registers <= 1024:
+            raise ValueError(f"registers {self.registers} is outside 0 to 1024.")
+        if not 0 < self.mlp_ratio <= 64:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} is outside 0 to 64.")
         if self.dim % 4 or self.dim % self.heads:
             raise ValueError(f"dim {self.dim} must be a multiple of 4 and of heads {self.heads}.")
         if self.tokenizer not in ("scott", "patch"):

@@ -13,9 +13,10 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 
 from scott_sparse.shapes import Tensor
+from scott_sparse.untrusted import load_strictly, read_json
 from scott_sparse.vit import Encoder, EncoderConfig
 
 WEIGHTS = {"target": "encoder.safetensors", "context": "context.safetensors"}
@@ -38,8 +39,8 @@ def save_encoder(encoder: Encoder, folder: str | Path, *, weights: str = "target
     """Write weights ("target" or "context") and config into `folder`, each beside its name first and then renamed."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-    write_beside(folder / WEIGHTS[weights], lambda path: save_file(state, path))
+    state = save({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()})
+    write_beside(folder / WEIGHTS[weights], lambda path: path.write_bytes(state))
     text = json.dumps(dataclasses.asdict(encoder.config), indent=2) + "\n"
     write_beside(folder / CONFIG, lambda path: path.write_text(text))
 
@@ -47,8 +48,8 @@ def save_encoder(encoder: Encoder, folder: str | Path, *, weights: str = "target
 def load_encoder(source: str | Path, *, weights: str = "target", engine: str = "auto") -> Encoder:
     """The "target" or "context" encoder of a run folder, or of a Hub repository `owner/name`, in eval mode on the CPU.
 
-    Raises ValueError where there is none, and where names or shapes do not match the config: a load that does not fit
-    stops, it never leaves random weights behind.
+    Raises ValueError where there is none, and where names, shapes or dtypes do not match the config: a load that does
+    not fit stops, it never leaves random weights behind. Files may come from strangers (`scott_sparse.untrusted`).
     """
     folder = Path(source)
     if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not folder.parent.is_dir():
@@ -58,9 +59,29 @@ def load_encoder(source: str | Path, *, weights: str = "target", engine: str = "
     for name in (WEIGHTS[weights], CONFIG):
         if not (folder / name).is_file():
             raise ValueError(f"no encoder in {source}: expected {WEIGHTS[weights]} and {CONFIG}; {name} is missing.")
-    encoder = Encoder(EncoderConfig(**json.loads((folder / CONFIG).read_text())), engine=engine)
-    _load_strictly(encoder, load_file(folder / WEIGHTS[weights]), str(source))
+    config = read_config(folder / CONFIG)
+    with torch.device("meta"):  # nothing of a size that a config claims is allocated before the weights are there
+        encoder = Encoder(config, engine=engine)
+    load_strictly(encoder, folder / WEIGHTS[weights])
     return encoder.eval()
+
+
+def read_config(path: Path) -> EncoderConfig:
+    """What an encoder is made of. Raises ValueError for unknown fields and for values that make no encoder."""
+    fields = read_json(path)
+    known = {field.name: field for field in dataclasses.fields(EncoderConfig)}
+    for name, value in fields.items():
+        if name not in known:
+            raise ValueError(f"{path}: unknown field {name[:40]!r}; expected some of {', '.join(known)}.")
+        kind = known[name].type
+        if kind is float and type(value) is int and abs(value) < 1000:
+            fields[name] = value = float(value)  # JSON does not tell 4 from 4.0
+        if type(value) is not kind:
+            raise ValueError(f"{path}: {name} is {str(value)[:40]!r}, expected {kind.__name__}.")
+    missing = [name for name in ("dim", "depth", "heads") if name not in fields]
+    if missing:
+        raise ValueError(f"{path}: {', '.join(missing)} is missing.")
+    return EncoderConfig(**fields)
 
 
 def from_paper_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -91,11 +112,3 @@ def write_beside(path: Path, write) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _load_strictly(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        detail = " ".join(str(error).split())
-        raise ValueError(f"the weights in {source} do not fit their config: {detail}") from None

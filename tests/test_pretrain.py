@@ -245,6 +245,6 @@ def test_a_non_finite_loss_stops_before_the_update(labelled, tmp_path, monkeypat
 
     monkeypatch.setattr(pretrain, "target_features", poisoned)
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *TINY, "--data", str(labelled), "--out", str(tmp_path / "run")])
-    with pytest.raises(RuntimeError, match=r"loss is nan.* at step 3 .*nothing was updated"):
+    with pytest.raises(SystemExit, match=r"^error: loss is nan.* at step 3 .*nothing was updated"):
         pretrain.main()
     assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1, 2]

@@ -20,6 +20,7 @@ from scott_sparse.health import Health, ema_distance, feature_std, lidar, rankme
 from scott_sparse.knn import knn_accuracy
 from scott_sparse.randomness import generator_at
 from scott_sparse.vit import Encoder
+from scott_sparse.weights import write_beside
 
 SHARE, MOST, LEAST = 0.1, 4096, 64
 VIEWS = 4  # of each image, for LiDAR
@@ -48,6 +49,18 @@ class OnlineReport:
         self.losses: list[torch.Tensor] = []
         self.seconds, self.verdict = 0.0, None
 
+    def state(self) -> dict:
+        """What a checkpoint keeps; all processes take part."""
+        losses = self.accelerator.reduce(torch.stack(self.losses), "mean").tolist() if self.losses else []
+        return {"reports": [dataclasses.asdict(report) for report in self.reports], "losses": losses}
+
+    def resume(self, state: dict) -> None:
+        """Go on from there: what a lost run reported later is taken out of the file."""
+        self.reports = [Health(**report) for report in state["reports"]]
+        self.losses = list(torch.tensor(state["losses"], device=self.accelerator.device))
+        if self.reports and self.accelerator.is_main_process:
+            self.write()
+
     def after(self, step: int, loss: torch.Tensor | None) -> None:
         """`step` counts from 1; 0 is before the first. Raises Collapse where that is asked for."""
         if not self.every:
@@ -61,14 +74,24 @@ class OnlineReport:
         self.losses.clear()
         if health is not None:
             self.reports.append(health)
-            self.verdict = verdict(self.reports)
-            with self.path.open("a" if step else "w") as file:
-                file.write(json.dumps({**dataclasses.asdict(health), "verdict": self.verdict}) + "\n")
+            self.write()
             self.console.print(line(health, self.verdict), highlight=False)
         (said,) = broadcast_object_list([self.verdict])
         self.seconds += time.perf_counter() - started
         if self.stop_on_collapse and said.startswith("collapsing"):
             raise Collapse(f"{said} at epoch {step / self.steps_per_epoch:g}; stopped (--stop-on-collapse).")
+
+    def write(self) -> None:
+        """The verdict, and all reports anew; a full disk does not end the run, the next report tries again."""
+        said = [verdict(self.reports[: i + 1]) for i in range(len(self.reports))]
+        self.verdict = said[-1]
+        lines = [
+            json.dumps({**dataclasses.asdict(report), "verdict": word}) for report, word in zip(self.reports, said)
+        ]
+        try:
+            write_beside(self.path, lambda path: path.write_text("\n".join([*lines, ""])))
+        except OSError as error:
+            self.console.print(f"{self.path} cannot be written ({error.strerror})")
 
     def examine(self, epoch: float) -> Health | None:
         """All processes extract features; the main process has the report."""

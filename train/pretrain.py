@@ -4,6 +4,7 @@
     accelerate launch train/pretrain.py --data PHOTOS --image-size 64       # your own folder
     accelerate launch train/pretrain.py flowers102 --batch-size 128         # the paper's recipe and data
 
+A run that was killed goes on with the same command, to the same weights bit for bit (see saving.py).
 The run folder (`--out`, default runs/RECIPE) ends with `encoder.safetensors` (the target), `context.safetensors`,
 `encoder.json`, `metrics.jsonl` (one line per optimizer step), `recipe.json`, `tokens.png`, `summary.json` and, if
 images were left out, `unreadable.txt`.
@@ -22,11 +23,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from filelock import FileLock
+from log import METRICS, Log
 from online import Collapse, OnlineReport
-from recipes import Recipe, parse
+from recipes import Recipe, as_json, parse
 from report import draw_tokens, knn_report, knn_table
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from saving import FOLDER, RESUME_ME, Interrupted, SaveFailed, Saver, belongs, find_checkpoint, goes_on, lock, on_main
 
 from scott_sparse import MIMJEPA, save_encoder
 from scott_sparse.batches import Batches, default_workers, load
@@ -35,26 +38,46 @@ from scott_sparse.crosscrop import draw_directions
 from scott_sparse.data import Data, open_data, short_side_for, unreadable_lines
 from scott_sparse.jepa import make_target, target_features, update_target
 from scott_sparse.optimizer import adamw, set_schedules
-from scott_sparse.randomness import generator_at, seed_at
+from scott_sparse.randomness import batch_indices, generator_at, seed_at
 from scott_sparse.sparse import choose_engine
 from scott_sparse.views import make_views
+from scott_sparse.vit import Encoder
 from scott_sparse.weights import CONFIG, WEIGHTS, write_beside
 
-RUN_FILES = ("recipe.json", "metrics.jsonl", "reports.jsonl", *WEIGHTS.values(), CONFIG, "tokens.png", "summary.json")
-RUN_FILES += ("unreadable.txt",)
+RESULTS = (*WEIGHTS.values(), CONFIG, "tokens.png", "summary.json")  # of a run that came to its end
+RUN_FILES = ("recipe.json", METRICS, "reports.jsonl", "unreadable.txt", "nonfinite.txt", *RESULTS)
+
+
+class NonFinite(RuntimeError):
+    """Loss or gradient is nan or inf."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that `train` needs; `lock` is held as long as this lives."""
+
+    name: str
+    recipe: Recipe
+    out: Path
+    accelerator: Accelerator
+    data: Data
+    model: MIMJEPA
+    console: Console
+    checkpoint: Path | None
+    lock: FileLock | None
 
 
 def main() -> None:
     started = time.perf_counter()
     with plain_errors():
-        name, recipe, out, accelerator, data, model = prepare(sys.argv[1:])
-    console = Console(quiet=not accelerator.is_main_process)
-    target = make_target(model.encoder)
-    initial = make_target(model.encoder)
+        run = prepare(sys.argv[1:])
+    recipe, out, data, accelerator, console = run.recipe, run.out, run.data, run.accelerator, run.console
+    target = make_target(run.model.encoder)
+    initial = make_target(run.model.encoder)
     engine = describe_engine(recipe, accelerator.device)
-    parameters = sum(p.numel() for p in model.encoder.parameters())
+    parameters = sum(p.numel() for p in run.model.encoder.parameters())
     console.print(
-        f"{name}: {len(data.pretrain):,} images ({recipe.source.protocol} protocol) at {recipe.sides[0]} x "
+        f"{run.name}: {len(data.pretrain):,} images ({recipe.source.protocol} protocol) at {recipe.sides[0]} x "
         f"{recipe.sides[1]} px, encoder {recipe.size} "
         f"({parameters / 1e6:.1f} M parameters), engine {engine}, {accelerator.num_processes} x "
         f"{accelerator.device.type}, precision {accelerator.mixed_precision}; "
@@ -67,18 +90,22 @@ def main() -> None:
             f"{data.leaked:,} of the {len(data.report):,} test images are also in the training set, pixel for pixel"
         )
     try:
-        training = train(recipe, out, accelerator, data, model, target, console)
-    except Collapse as end:
+        training = train(run, target)
+    except Interrupted as end:
+        console.print(str(end))
+        sys.exit(RESUME_ME)
+    except (Collapse, NonFinite, SaveFailed) as end:
         stop(str(end))
 
     device = accelerator.device
     knn = knn_report(data, initial.to(device), target, size=recipe.sides)
     if accelerator.is_main_process:
-        save_encoder(target, out)
-        save_encoder(model.encoder, out, weights="context")
-        draw_tokens(out / "tokens.png", data, initial, target, recipe=recipe, device=device)
+        with plain_errors():
+            save_encoder(target, out)
+            save_encoder(run.model.encoder, out, weights="context")
+            draw_tokens(out / "tokens.png", data, initial, target, recipe=recipe, device=device)
         summary = {
-            "recipe": name,
+            "recipe": run.name,
             "knn": knn,
             "seconds": round(time.perf_counter() - started, 1),
             **training,
@@ -99,7 +126,8 @@ def main() -> None:
             "mixed_precision": accelerator.mixed_precision,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
-        write_beside(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
+        with plain_errors():
+            write_beside(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
         table = knn_table(data, knn, recipe.objective.terms)
         if table is not None:
             console.print(table)
@@ -110,18 +138,22 @@ def main() -> None:
     accelerator.end_training()
 
 
-def prepare(arguments: list[str]) -> tuple[str, Recipe, Path, Accelerator, Data, MIMJEPA]:
+def prepare(arguments: list[str]) -> Run:
     """Everything that can be wrong with what was asked for is found here; nothing is written before it is right."""
     name, recipe = parse(arguments)
     out = recipe.out or Path("runs") / name
-    if (out / "summary.json").exists() and not recipe.overwrite:
-        raise ValueError(f"{out} holds a finished run; choose another --out or pass --overwrite to replace it.")
+    if (out / "summary.json").exists() and not recipe.overwrite and not goes_on(recipe, out):
+        raise ValueError(
+            f"{out} holds a finished run; choose another --out, pass --overwrite to replace it, or give more --epochs "
+            "to go on."
+        )
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else several CPU processes would not find each other
         gradient_accumulation_steps=recipe.accumulate,
         log_with=recipe.tracker,
         project_dir=out if recipe.tracker else None,
     )
+    console = Console(quiet=not accelerator.is_main_process)
     slices = accelerator.num_processes * recipe.accumulate
     if recipe.batch_size % slices:
         raise ValueError(
@@ -138,22 +170,37 @@ def prepare(arguments: list[str]) -> tuple[str, Recipe, Path, Accelerator, Data,
         )
     set_seed(recipe.seed)
     model = MIMJEPA(recipe.encoder, recipe.objective, engine=recipe.engine)
-    accelerator.wait_for_everyone()
+    precision = accelerator.mixed_precision
+    checkpoint = on_main(accelerator, lambda: find_checkpoint(recipe, out, data.fingerprint, precision, console))
+    held = None
     if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        for file in RUN_FILES:  # of an unfinished run, or of a finished one that --overwrite gave up
-            (out / file).unlink(missing_ok=True)
-        shutil.rmtree(out / "eval", ignore_errors=True)  # says something of weights that are no more
-        fields = json.dumps({"recipe": name, **dataclasses.asdict(recipe)}, indent=2, default=str) + "\n"
-        write_beside(out / "recipe.json", lambda path: path.write_text(fields))
-        if data.unreadable:
-            (out / "unreadable.txt").write_text("\n".join([*unreadable_lines(data.unreadable), ""]))
+        held = open_folder(name, recipe, out, data, checkpoint)
     accelerator.wait_for_everyone()
-    return name, recipe, out, accelerator, data, model
+    return Run(name, recipe, out, accelerator, data, model, console, checkpoint, held)
 
 
-def train(recipe: Recipe, out: Path, accelerator: Accelerator, data: Data, model, target, console) -> dict:
+def open_folder(name: str, recipe: Recipe, out: Path, data: Data, checkpoint: Path | None) -> FileLock:
+    """Take a run folder, and clear it of what the new run, or more of the old one, makes untrue."""
+    out.mkdir(parents=True, exist_ok=True)
+    held = lock(out)
+    fresh = checkpoint is None or not belongs(checkpoint, out)
+    for file in RUN_FILES if fresh else RESULTS:
+        (out / file).unlink(missing_ok=True)
+    if fresh:
+        shutil.rmtree(out / FOLDER, ignore_errors=True)
+        if checkpoint:  # of another run, whose first steps this one shares
+            shutil.copy(checkpoint.parent.parent / METRICS, out / METRICS)
+    shutil.rmtree(out / "eval", ignore_errors=True)  # says something of weights that are no more
+    fields = json.dumps({"recipe": name, **as_json(recipe)}, indent=2) + "\n"
+    write_beside(out / "recipe.json", lambda path: path.write_text(fields))
+    if data.unreadable:
+        (out / "unreadable.txt").write_text("\n".join([*unreadable_lines(data.unreadable), ""]))
+    return held
+
+
+def train(run: Run, target: Encoder) -> dict:
     """The loop. Returns what the summary says of it."""
+    recipe, out, accelerator, data, model = run.recipe, run.out, run.accelerator, run.data, run.model
     steps_per_epoch = len(data.pretrain) // recipe.batch_size
     schedules = recipe.schedules(steps_per_epoch)
     total_steps = schedules.total_steps
@@ -163,17 +210,21 @@ def train(recipe: Recipe, out: Path, accelerator: Accelerator, data: Data, model
         model.compile()
         target.compile()
     model, optimizer = accelerator.prepare(model, optimizer)
-    encoder = accelerator.unwrap_model(model, keep_torch_compile=False).encoder
+    trained = accelerator.unwrap_model(model, keep_torch_compile=False)
+    log = Log(recipe, out, accelerator, run.console, total_steps, steps_per_epoch)
+    report = OnlineReport(recipe, out, accelerator, data, target, trained.encoder, run.console)
+    parts = {"model": trained, "target": target, "optimizer": optimizer.optimizer}
+    saver = Saver(recipe, out, accelerator, data.fingerprint, total_steps, run.console, **parts)
+    start = saver.resume(run.checkpoint, log, report) if run.checkpoint else 0
     if recipe.tracker:
-        accelerator.init_trackers("tensorboard")
+        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start}})
 
     model.train()
-    log = Log(recipe, out, accelerator, console, total_steps, steps_per_epoch)
-    report = OnlineReport(recipe, out, accelerator, data, target, encoder, console)
-    batches = load_batches(recipe, accelerator, data, range(total_steps))
+    batches = load_batches(recipe, accelerator, data, range(start, total_steps))
     with log:
-        report.after(0, None)
-        for step in range(total_steps):
+        if start == 0:
+            report.after(0, None)
+        for step in range(start, total_steps):
             with log.input_time():
                 parts = next(batches)
             set_schedules(optimizer, schedules, step)
@@ -198,21 +249,40 @@ def train(recipe: Recipe, out: Path, accelerator: Accelerator, data: Data, model
                 losses.append({key: value.detach() for key, value in terms.items()})
             # 3. Update, and let the target follow.
             norm = accelerator.clip_grad_norm_(model.parameters(), recipe.clip or float("inf"))
-            loss = torch.stack([part["loss"] for part in losses]).mean()
-            if not torch.isfinite(loss) or not (torch.isfinite(norm) or accelerator.mixed_precision == "fp16"):
-                raise RuntimeError(
-                    f"loss is {loss.item()}, gradient norm {norm.item()} at step {step} (last finite loss "
-                    f"{log.last_loss}, lr {schedules.lr_at(step):.2g}); nothing was updated."
-                )
-            optimizer.step()
-            optimizer.zero_grad()
-            if not optimizer.step_was_skipped:  # fp16 skips a step whose scaled gradients overflow
-                update_target(target, encoder, schedules.momentum_at(step))
             terms = {key: torch.stack([part[key] for part in losses]).mean() for key in losses[0]}
+            finite = bool(torch.isfinite(terms["loss"]))
+            if accelerator.mixed_precision != "fp16":  # whose scaler skips steps with an overflow, and scales less
+                finite &= bool(torch.isfinite(norm))
+            (nonfinite,) = saver.any(not finite)
+            if nonfinite and recipe.on_nonfinite == "stop":
+                raise NonFinite(
+                    describe_nonfinite(run, step, terms["loss"], norm, log.last_loss, schedules.lr_at(step))
+                )
+            if nonfinite:
+                log.skipped += 1
+            else:
+                optimizer.step()
+                if not optimizer.step_was_skipped:
+                    update_target(target, trained.encoder, schedules.momentum_at(step))
+            optimizer.zero_grad()
             rates = {"lr": schedules.lr_at(step), "weight_decay": schedules.weight_decay_at(step)}
             log.add(step, {**terms, "gradient_norm": norm}, {**rates, "momentum": schedules.momentum_at(step)})
-            report.after(step + 1, terms["loss"])
+            report.after(step + 1, None if nonfinite else terms["loss"])
+            saver.after(step + 1, log, report)
     return {**log.summary(), "report_share": round(report.seconds / log.seconds, 4), "verdict": report.verdict}
+
+
+def describe_nonfinite(run: Run, step: int, loss, norm, last_loss: float | None, lr: float) -> str:
+    """What is known about a step that is not to be; the batch's images are listed in nonfinite.txt."""
+    recipe, images = run.recipe, run.data.pretrain
+    rows = batch_indices(step, images=len(images), batch=recipe.batch_size, seed=recipe.seed).tolist()
+    if run.accelerator.is_main_process:
+        (run.out / "nonfinite.txt").write_text("\n".join([*(images.names[i] for i in rows), ""]))
+    return (
+        f"loss is {loss.item()}, gradient norm {norm.item()} at step {step} (last finite loss {last_loss}, lr "
+        f"{lr:.2g}); nothing was updated. The batch's images are in {run.out / 'nonfinite.txt'}; --on-nonfinite skip "
+        "leaves such steps out."
+    )
 
 
 def directions_at(recipe: Recipe, step: int, device: torch.device) -> torch.Tensor | None:
@@ -242,88 +312,6 @@ def load_batches(recipe: Recipe, accelerator: Accelerator, data: Data, steps: ra
     streamed = recipe.source.cache == "none"
     workers = default_workers(streamed=streamed, on_gpu=on_gpu) if recipe.workers is None else recipe.workers
     return load(batches, steps, workers=workers, pin=on_gpu)
-
-
-class Log:
-    """metrics.jsonl, tracker and progress bar. Values stay on the device until every `log_every`-th step."""
-
-    def __init__(self, recipe, out, accelerator, console, total_steps, steps_per_epoch):
-        self.recipe, self.accelerator, self.steps_per_epoch = recipe, accelerator, steps_per_epoch
-        self.total_steps, self.console = total_steps, console
-        self.last_loss: float | None = None
-        self.first_loss: float | None = None
-        self.waiting: list[tuple[int, dict, dict]] = []
-        self.file = (out / "metrics.jsonl").open("w") if accelerator.is_main_process else None
-        self.progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} images/s  ETA"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not accelerator.is_main_process,
-        )
-        self.task = self.progress.add_task("", total=total_steps, epoch="1", loss="-", rate="-")
-        self.started, self.seconds, self.done = time.perf_counter(), 0.0, 0
-        self.input_seconds = 0.0
-
-    def __enter__(self):
-        self.progress.start()
-
-    def __exit__(self, *_):
-        self.flush()
-        self.progress.stop()
-        if self.file:
-            self.file.close()
-
-    @contextlib.contextmanager
-    def input_time(self):
-        """Counts what the step waits for its input: on a GPU the launch of the work on views, not the work."""
-        started = time.perf_counter()
-        yield
-        self.input_seconds += time.perf_counter() - started
-
-    def add(self, step: int, tensors: dict, numbers: dict) -> None:
-        self.waiting.append((step, tensors, numbers))
-        self.done = step + 1
-        if self.done % self.recipe.log_every == 0 or self.done == self.total_steps:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self.waiting:
-            return
-        table = torch.stack([torch.stack(list(tensors.values())).float() for _, tensors, _ in self.waiting])
-        table = self.accelerator.reduce(table, reduction="mean").tolist()
-        self.seconds = time.perf_counter() - self.started
-        rate = self.done * self.recipe.batch_size / self.seconds
-        for (step, tensors, numbers), row in zip(self.waiting, table):
-            line = {"step": step, "epoch": step // self.steps_per_epoch, **dict(zip(tensors, row)), **numbers}
-            line |= {"images_per_second": round(rate, 1)}
-            if self.file:
-                self.file.write(json.dumps(line) + "\n")
-            self.accelerator.log(line, step=step)
-        if self.file:
-            self.file.flush()
-        self.waiting.clear()
-        self.last_loss = line["loss"]
-        self.first_loss = self.first_loss if self.first_loss is not None else dict(zip(tensors, table[0]))["loss"]
-        epoch = min((self.done - 1) // self.steps_per_epoch + 1, max(round(self.recipe.epochs), 1))
-        self.progress.update(
-            self.task,
-            completed=self.done,
-            epoch=f"{epoch}/{self.recipe.epochs:g}",
-            loss=f"{self.last_loss:.4f}",
-            rate=f"{rate:.0f}",
-        )
-
-    def summary(self) -> dict:
-        return {
-            "train_seconds": round(self.seconds, 1),
-            "images_per_second": round(self.done * self.recipe.batch_size / self.seconds, 1),
-            "input_share": round(self.input_seconds / self.seconds, 4),
-            "steps": self.done,
-            "loss": {"first": self.first_loss, "last": self.last_loss},
-        }
 
 
 def describe_engine(recipe: Recipe, device: torch.device) -> str:

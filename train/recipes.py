@@ -3,7 +3,9 @@
 import dataclasses
 import difflib
 import functools
+import json
 import math
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -74,6 +76,18 @@ class Recipe:
     clip: float | None = None
     """Largest gradient norm."""
 
+    # What happens to the run.
+    resume: str = "auto"
+    """auto: go on from the newest whole checkpoint in --out, if there is one. Or the path of a checkpoint."""
+    save_every: str = "10min"
+    """Between checkpoints: optimizer steps (500) or minutes (10min)."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every: int | None = None
+    """Keep those at multiples of so many steps as well."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do about a step with nan or inf in loss or gradient: end the run, or leave the step out and count it."""
+
     # The machine.
     workers: int | None = None
     """Processes that prepare batches ahead. Default: as many as the cores allow where images are decoded in every epoch
@@ -95,6 +109,9 @@ class Recipe:
         for name in ("epochs", "batch_size", "masks", "accumulate", "lr", "log_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive.")
+        if self.keep < 1 or (self.keep_every is not None and self.keep_every < 1):
+            raise ValueError(f"keep {self.keep} and keep_every {self.keep_every} must be 1 or more.")
+        self.saves  # noqa: B018 - validates save_every
         if (self.report_every or 0) < 0:
             raise ValueError(f"report_every {self.report_every} must be 0 (none) or more epochs.")
         if self.warmup_epochs is not None and not 0 <= self.warmup_epochs < self.epochs:
@@ -113,6 +130,14 @@ class Recipe:
     def sides(self) -> tuple[int, int]:
         """Image height and width."""
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def saves(self) -> tuple[int | None, float | None]:
+        """Steps, or seconds, between checkpoints. Raises ValueError for other words."""
+        found = re.fullmatch(r"(\d+|\d*\.\d+(?=min))(min)?", self.save_every)
+        if not found or not float(found[1]):
+            raise ValueError(f"save_every {self.save_every!r} is no number of steps (500) or minutes (10min).")
+        return (None, 60 * float(found[1])) if found[2] else (int(found[1]), None)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -188,6 +213,11 @@ RECIPES = {
     ),
     "flowers102": ("the paper's recipe as published, and its data set: 224 px, 300 epochs", FLOWERS102),
 }
+
+
+def as_json(recipe: Recipe) -> dict:
+    """As it is written to recipe.json and into checkpoints."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
 
 
 def parse(arguments: list[str]) -> tuple[str, Recipe]:

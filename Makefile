@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test faults lint clean
 
 # Without a GPU two processes of one thread each are faster than one of two threads: these layers are small.
 PROCESSES := $(shell nvidia-smi > /dev/null 2>&1 && echo 1 || echo 2)
@@ -15,6 +15,9 @@ test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+faults: $(VENV)/installed
+	$(BIN)/python tests/faults.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check --fix .

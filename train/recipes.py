@@ -85,6 +85,8 @@ class Recipe:
     """Newest checkpoints that are kept."""
     keep_every: int | None = None
     """Keep those at multiples of so many steps as well."""
+    minutes: float | None = None
+    """End after so many, with a checkpoint and exit code 75: the same command goes on. For queues with a limit."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do about a step with nan or inf in loss or gradient: end the run, or leave the step out and count it."""
 
@@ -111,6 +113,8 @@ class Recipe:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive.")
         if self.keep < 1 or (self.keep_every is not None and self.keep_every < 1):
             raise ValueError(f"keep {self.keep} and keep_every {self.keep_every} must be 1 or more.")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes {self.minutes} must be positive.")
         self.saves  # noqa: B018 - validates save_every
         if (self.report_every or 0) < 0:
             raise ValueError(f"report_every {self.report_every} must be 0 (none) or more epochs.")

@@ -38,7 +38,7 @@ INSIST = 1.0  # seconds after which another SIGINT means it; launchers pass on t
 FOLDER = "checkpoints"
 MAY_CHANGE = {  # between the parts of a run: where things lie, what is told, how long it goes on
     *("out", "overwrite", "resume", "epochs", "workers", "tracker", "report_every", "stop_on_collapse", "log_every"),
-    *("save_every", "keep", "keep_every", "on_nonfinite"),
+    *("save_every", "keep", "keep_every", "minutes", "on_nonfinite"),
     *(f"source.{name}" for name in ("data", "data_root", "cache", "cache_dir", "ram_gib", "skip_unreadable")),
 }
 
@@ -167,7 +167,8 @@ class Saver:
         self.recipe, self.folder, self.accelerator, self.console = recipe, out / FOLDER, accelerator, console
         self.fingerprint, self.total_steps, self.trained = fingerprint, total_steps, trained
         self.every, self.seconds = recipe.saves
-        self.last, self.signals = time.monotonic(), Signals()
+        self.started = self.last = time.monotonic()
+        self.signals = Signals()
         # Hosts agree among themselves, so that no GPU is waited for.
         several = torch.distributed.is_initialized() and accelerator.num_processes > 1
         self.group = torch.distributed.new_group(backend="gloo") if several else None
@@ -195,8 +196,10 @@ class Saver:
 
     def after(self, done: int, log, report) -> None:
         """Raises Interrupted after a save that a signal asked for, SaveFailed where the last save of a run fails."""
-        late = self.seconds is not None and time.monotonic() - self.last > self.seconds
-        told, late = self.any(self.signals.name is not None, late and self.accelerator.is_main_process)
+        now = time.monotonic()
+        late = self.seconds is not None and now - self.last > self.seconds
+        over = self.recipe.minutes is not None and now - self.started > 60 * self.recipe.minutes
+        told, late = self.any(self.signals.name is not None or over, late)
         last = told or done == self.total_steps
         if not (last or late or (self.every and done % self.every == 0)):
             return
@@ -219,5 +222,5 @@ class Saver:
         if last and failure:
             raise SaveFailed(f"{failure}; make room, and the same command goes on from the one before.")
         if told:
-            name = self.signals.name or "told to stop"
+            name = self.signals.name or ("time is up" if over else "told to stop")
             raise Interrupted(f"{name}: saved after step {done} of {self.total_steps}; the same command goes on.")

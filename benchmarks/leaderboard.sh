@@ -25,7 +25,7 @@ else
     echo "error: the board $board needs a GPU; grocery has a form for a CPU." >&2
     exit 2
 fi
-newest() { ls "$out/checkpoints" 2> /dev/null | tail -n 1; }
+newest() { ls "$out/checkpoints" 2> /dev/null | tail -n 1 || true; }
 if [ ! -f "$out/summary.json" ]; then
     code=0 before=$(newest)
     "${launch[@]}" small-data "${common[@]}" "${recipe[@]}" --out "$out" || code=$?

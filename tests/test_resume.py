@@ -7,13 +7,16 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import time
 
 import pretrain
 import pytest
 import saving
 import torch
 from accelerate.state import AcceleratorState
+from conftest import ROOT
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
@@ -113,6 +116,62 @@ def test_cut_twice_is_the_same_run(engine, precision, train, tmp_path, monkeypat
     summary = json.loads((tmp_path / "cut" / "summary.json").read_text())
     assert summary["steps"] == STEPS and summary["mixed_precision"] == precision
     AcceleratorState._reset_state(True)
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path, labelled, clean_environment):
+    """A real process: the first SIGINT is held up by a step that never ends."""
+    code = (
+        "import signal, sys, time; sys.path.insert(0, 'train'); import pretrain\n"
+        "def stuck(*_): print('in a step', flush=True); time.sleep(60); time.sleep(60)\n"
+        "pretrain.update_target = stuck; pretrain.main()"
+    )
+    arguments = [*TINY, "--data", labelled, "--cache-dir", tmp_path / "cache", "--out", tmp_path / "run"]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    with subprocess.Popen(command, cwd=ROOT, env=clean_environment, stdout=subprocess.PIPE, text=True) as process:
+        while "in a step" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        time.sleep(saving.INSIST / 3)
+        process.send_signal(signal.SIGINT)  # as a launcher's: too soon to mean it
+        time.sleep(saving.INSIST)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == -signal.SIGINT
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_on_another_number_of_processes(first, train, labelled, tmp_path, clean_environment):
+    """Told to stop through torchrun, gone on by one or two processes: the same run, to rounding."""
+    quiet = ("--dropout", "0", "--drop-path", "0", "--epochs", "12", "--save-every", "1000")
+    assert train("whole", *quiet)[0] is None
+
+    def launch(processes, wait):
+        port = 29700 + os.getpid() % 200
+        command = ["torchrun", "--nproc_per_node", processes, "--master_port", port, "train/pretrain.py", *TINY, *quiet]
+        command += ["--data", labelled, "--cache-dir", tmp_path / "cache", "--out", tmp_path / "cut"]
+        path = os.pathsep.join([os.path.dirname(sys.executable), clean_environment["PATH"]])
+        environment = {**clean_environment, "PATH": path}
+        with subprocess.Popen(
+            list(map(str, command)), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        ) as it:
+            metrics = tmp_path / "cut" / "metrics.jsonl"
+            while wait and not (metrics.exists() and metrics.stat().st_size):
+                time.sleep(0.02)
+                assert it.poll() is None, it.stderr.read()
+            if wait:
+                it.send_signal(signal.SIGTERM)
+            said = it.stderr.read()
+            return it.wait(60), said
+
+    code, said = launch(first, wait=True)
+    (path,) = checkpoint.checkpoints(tmp_path / "cut" / "checkpoints")
+    assert code != 0 and 0 < checkpoint.step_of(path) < 48, said
+    code, said = launch(3 - first, wait=False)
+    assert code == 0, said
+    whole, cut = (what_it_learnt(tmp_path / name)[0] for name in ("whole", "cut"))
+    assert len(cut) == len(whole) == 48
+    for one, other in zip(whole, cut):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4), one["step"]
 
 
 def test_what_was_done_after_the_last_save_is_done_again(train, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ images were left out, `unreadable.txt`.
 import contextlib
 import dataclasses
 import json
+import os
 import platform
 import resource
 import shutil
@@ -168,6 +169,9 @@ def prepare(arguments: list[str]) -> Run:
             f"batch_size {recipe.batch_size} is larger than the data set ({len(data.pretrain)} images to train on); "
             f"use --batch-size {len(data.pretrain) // slices * slices or slices} or less."
         )
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix is multiplied
+        torch.use_deterministic_algorithms(True)
     set_seed(recipe.seed)
     model = MIMJEPA(recipe.encoder, recipe.objective, engine=recipe.engine)
     precision = accelerator.mixed_precision

@@ -94,6 +94,8 @@ class Recipe:
     workers: int | None = None
     """Processes that prepare batches ahead. Default: as many as the cores allow where images are decoded in every epoch
     or a GPU trains, else 0: on a CPU they would take the cores that train."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time: on a GPU a resumed run then is the run, and slower."""
     compile: bool = False
     """torch.compile the trained model and the target encoder."""
     tracker: Literal["tensorboard"] | None = None

@@ -72,6 +72,8 @@ class MIMJEPA(nn.Module):
         self.encoder = Encoder(encoder, engine=engine)
         self.predictor = Predictor(encoder, objective.predictor_depth) if objective.mim else None
         self.projector = Projector(encoder.dim, *objective.projector) if objective.invariance else None
+        if not objective.mim and objective.context == "visible":  # nothing sees it, and DDP would wait for its gradient
+            self.encoder.mask_token.requires_grad_(False)
 
     def forward(
         self,

@@ -23,7 +23,7 @@ def losses(config=TINY, objective=BESIDE, engine="auto", grid=(3, 4), batch=2, c
     p = config.patch_size
     images = torch.randn(batch, crops, 3, grid[0] * p, grid[1] * p)
     visible = draw_visible(batch * crops, grid, hide_ratio=0.5).unflatten(0, (batch, crops))
-    targets = target_features(make_target(model.encoder), images[:, 0])
+    targets = target_features(make_target(model.encoder), images[:, 0]) if objective.mim else None
     directions = draw_directions(objective.projector[1], 16, generator=torch.Generator().manual_seed(0))
     return model, model(images, visible, targets, directions)
 
@@ -40,6 +40,19 @@ def test_every_parameter_gets_a_gradient(engine, context, tokenizer, ffn, beside
     terms["loss"].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("context", ["all", "visible"])
+def test_terms_are_weighted_and_can_be_left_out(context):
+    _, both = losses(objective=dataclasses.replace(BESIDE, context=context, mim=0.5, invariance=2.0))
+    cross = 0.95 * both["invariance"] + 0.05 * both["sigreg"]
+    assert both["loss"].item() == pytest.approx((0.5 * both["mim"] + 2.0 * cross).item())
+    model, alone = losses(objective=dataclasses.replace(BESIDE, context=context, mim=0.0))
+    assert set(alone) == {"invariance", "sigreg", "loss"} and model.predictor is None
+    alone["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == (["encoder.mask_token"] if context == "visible" else [])
 
 
 @pytest.mark.parametrize("patch_size", [16, 8, 4])
@@ -182,6 +195,8 @@ def test_mistakes_are_named():
         EncoderConfig.named("huge")
     with pytest.raises(ValueError, match="unknown context"):
         ObjectiveConfig(context="some")
+    with pytest.raises(ValueError, match="nor both be 0"):
+        ObjectiveConfig(mim=0)
     with pytest.raises(ValueError, match="multiple of 4 and of heads"):
         EncoderConfig(dim=30, depth=1, heads=4)
 

@@ -196,7 +196,7 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="unknown context"):
         ObjectiveConfig(context="some")
     with pytest.raises(ValueError, match="nor both be 0"):
-        ObjectiveConfig(mim=0)
+        ObjectiveConfig(mim=0.0)
     with pytest.raises(ValueError, match="multiple of 4 and of heads"):
         EncoderConfig(dim=30, depth=1, heads=4)
 

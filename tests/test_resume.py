@@ -315,6 +315,8 @@ def test_nonfinite_steps_can_be_left_out(train, tmp_path, monkeypatch):
     calls.clear()
     code, _ = train("stopped")
     assert code.startswith("error: loss is nan") and "at step 3" in code and "nothing was updated" in code
+    lines = (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
     names = (tmp_path / "stopped" / "nonfinite.txt").read_text().splitlines()
     assert len(names) == 8 and all(name.startswith("train/") for name in names)
 

@@ -15,6 +15,8 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -56,8 +58,8 @@ MEASURES = ("knn_val", "linear_val", "knn_test", "linear_test")
 class Cell:
     flags: tuple[str, ...] = ()
     """What differs from the recipe."""
-    length: float = 1.0
-    """Images seen, as a multiple of the recipe's."""
+    seconds_of: str | None = None
+    """A cell that differs from the recipe in the same: this one sees more or fewer images, in the recipe's seconds."""
     how: str = "pretrained"
 
 
@@ -101,6 +103,8 @@ CELLS = {
     "four crops, hide .75": Cell(("--crops", "4", "--hide-ratio", "0.75")),
     "four crops, hide .5": Cell(("--crops", "4")),
 }
+EQUAL_SECONDS = ("without MIM-JEPA", "context all", "hide .75", "four crops, hide .75", "two masks per crop")
+CELLS |= {f"{name}, equal seconds": Cell(CELLS[name].flags, seconds_of=name) for name in EQUAL_SECONDS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,14 +130,31 @@ def main() -> None:
     if unknown:
         sys.exit(f"error: unknown cells {sorted(unknown)}; expected some of {', '.join(CELLS)}.")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started below
-    done = {(row["cell"], row["seed"]) for row in read(bench)}
-    asked = [(name, seed) for seed in bench.seeds for name in bench.only or CELLS]
-    missing = [(name, seed) for name, seed in asked if (name, seed) not in done and (name != "pixels" or seed == 0)]
+    for seed in bench.seeds:
+        for by_seconds in (False, True):  # these last, as they need the seconds of the others
+            names = [name for name in bench.only or CELLS if bool(CELLS[name].seconds_of) == by_seconds]
+            run_cells(bench, names, seed)
+    rows = read(bench)
+    if not rows:
+        sys.exit("error: no cell came to its end.")
+    write_csv()
+    report(bench.label, rows)
+
+
+def run_cells(bench: Bench, names: list[str], seed: int) -> None:
+    """Run those that have not been run, and append them to the file."""
+    done = {row["cell"]: row for row in read(bench) if row["seed"] == seed}
+    missing = [name for name in names if name not in done and (name != "pixels" or seed == bench.seeds[0])]
     # A process each: what a run leaves in its process (seeds, Accelerate's state) must not reach the next.
     with concurrent.futures.ProcessPoolExecutor(
         bench.jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
     ) as pool:
-        running = {pool.submit(run_cell, bench, name, seed): name for name, seed in missing}
+        running = {}
+        for name in missing:
+            same, length = CELLS[name].seconds_of, 1.0
+            if same:
+                length = done["the recipe"]["train_seconds"] / done[same]["train_seconds"]
+            running[pool.submit(run_cell, bench, name, seed, length)] = name
         for ended in concurrent.futures.as_completed(running):
             if ended.exception():
                 print(f"{running[ended]} failed: {ended.exception()}", flush=True)
@@ -141,11 +162,6 @@ def main() -> None:
             with RUNS.open("a") as file:
                 file.write(json.dumps(ended.result()) + "\n")
             print(json.dumps(ended.result()), flush=True)
-    rows = read(bench)
-    if not rows:
-        sys.exit("error: no cell came to its end.")
-    write_csv()
-    report(bench.label, rows)
 
 
 def read(bench: Bench | None = None) -> list[dict]:
@@ -154,28 +170,13 @@ def read(bench: Bench | None = None) -> list[dict]:
     return [row for row in rows if bench is None or row["bench"] == bench.label]
 
 
-def run_cell(bench: Bench, name: str, seed: int) -> dict:
+def run_cell(bench: Bench, name: str, seed: int, length: float) -> dict:
     """Train a cell as train/pretrain.py does, and ask its frozen features what eval/ asks."""
     cell = CELLS[name]
-    flags = ["demo" if bench.data == "petals" else "small-data", "--data", bench.data, "--seed", seed]
-    flags += [
-        "--epochs",
-        bench.epochs * cell.length,
-        "--batch-size",
-        bench.batch_size,
-        "--report-every",
-        0,
-        "--engine",
-        "dense",
-        "--cache-dir",
-        CACHE,
-    ]
-    flags += [
-        "--out",
-        Path("runs/evidence", f"{bench.label}-{seed}-{name}".replace(" ", "-")),
-        "--overwrite",
-        *cell.flags,
-    ]
+    out = Path("runs/evidence", re.sub(r"[^\w.-]+", "-", f"{bench.label}-{seed}-{name}"))
+    flags = ["demo" if bench.data == "petals" else "small-data", "--data", bench.data, "--seed", seed, "--out", out]
+    flags += ["--epochs", bench.epochs * length, "--batch-size", bench.batch_size, "--report-every", 0, "--overwrite"]
+    flags += ["--engine", "dense", "--cache-dir", CACHE, *cell.flags]
     run = pretrain.prepare([str(flag) for flag in flags])
     recipe, data, encoder, told = run.recipe, run.data, make_target(run.model.encoder), {}
     if cell.how == "pretrained":
@@ -192,7 +193,8 @@ def run_cell(bench: Bench, name: str, seed: int) -> dict:
         row |= {f"{probe_name}_test": round(score(answers, data.report.labels).top1, 2)}
         row |= {f"{probe_name}_choice": probe.settings[choice]}
     row |= {key: told.get(key) for key in ("train_seconds", "steps", "own_test")}
-    return {**row, "flags": [str(flag) for flag in flags], "commit": protocol.commit(), "torch": torch.__version__}
+    shutil.rmtree(out)
+    return {**row, "flags": cell.flags, "length": length, "commit": protocol.commit(), "torch": torch.__version__}
 
 
 def probes(fit: Features, labels: Tensor, classes: int) -> dict[str, KNNProbe | LinearProbe]:

@@ -87,9 +87,14 @@ def check(path: Path) -> None:
             raise ValueError(f"{path / name} is damaged: its checksum differs.")
 
 
-def read_state(path: Path) -> dict:
-    """The state that was saved with a checkpoint. Raises ValueError where it is damaged or of another format."""
-    return _content(path)["run"]
+def read_state(path: Path, form: dict) -> dict:
+    """The state that was saved with a checkpoint; `form` has the names and types that it must have, nested as it is.
+
+    Raises ValueError where it is damaged or of another format.
+    """
+    state = _content(path)["run"]
+    _check_form(state, form, f"{path / STATE}")
+    return state
 
 
 def load_checkpoint(path: Path, *, model: nn.Module, target: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -134,9 +139,23 @@ def _content(path: Path) -> dict:
     content = found.get("content")
     if not isinstance(content, dict) or found.get("digest") != _digest(_canonical(content)):
         raise ValueError(f"{path / STATE} is damaged: its checksum differs.")
+    _check_form(content, {"format": int, "step": int, "files": dict, "run": dict}, str(path / STATE))
     if content["format"] != FORMAT:
         raise ValueError(f"{path} has format {content['format']}, expected {FORMAT}: it is of another version.")
+    if path.resolve().name != f"step-{content['step']:08d}":
+        raise ValueError(f"{path} holds step {content['step']}: it was renamed.")
     return content
+
+
+def _check_form(found, form, where: str) -> None:
+    """A checksum says that a state is as it was written, not that we wrote it."""
+    if isinstance(form, dict):
+        if not isinstance(found, dict) or not form.keys() <= found.keys():
+            raise ValueError(f"{where} is no state of a run: expected {', '.join(form)}.")
+        for name, inner in form.items():
+            _check_form(found[name], inner, f"{where}: {name}")
+    elif not isinstance(found, form):
+        raise ValueError(f"{where} is {type(found).__name__}, which is no state of a run.")
 
 
 def _canonical(content: dict) -> bytes:

@@ -11,19 +11,22 @@ from scott_sparse.data import UnreadableImages
 
 
 @contextlib.contextmanager
-def plain_errors():
-    """A user's mistake (ValueError, OSError) ends the program with one line, unreadable images with a list of them."""
+def plain_errors(*, each: bool = False):
+    """A user's mistake (ValueError, OSError) ends the program with one line, unreadable images with a list of them.
+
+    `each`: it may be one process's alone, so that each says its own.
+    """
     try:
         yield
     except UnreadableImages as mistake:
         stop(str(mistake))
     except (ValueError, OSError) as mistake:
-        stop(" ".join(str(mistake).split()))
+        stop(" ".join(str(mistake).split()), each=each)
 
 
-def stop(mistake: str) -> None:
-    """End with one process's word for all of them."""
-    sys.exit(f"error: {mistake}" if os.environ.get("RANK", "0") == "0" else 1)
+def stop(mistake: str, *, each: bool = False) -> None:
+    """End, with one process's word for all of them unless each has its own."""
+    sys.exit(f"error: {mistake}" if each or os.environ.get("RANK", "0") == "0" else 1)
 
 
 def quietly(parse_arguments: Callable):

@@ -142,7 +142,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path, labelled, clean_environment):
 @pytest.mark.parametrize("first", [1, 2])
 def test_on_another_number_of_processes(first, train, labelled, tmp_path, clean_environment):
     """Told to stop through torchrun, gone on by one or two processes: the same run, to rounding."""
-    quiet = ("--dropout", "0", "--drop-path", "0", "--epochs", "12", "--save-every", "1000")
+    quiet = ("--dropout", "0", "--drop-path", "0", "--epochs", "12", "--save-every", "1000", "--lr", "3e-4")
     assert train("whole", *quiet)[0] is None
 
     def launch(processes, wait):
@@ -213,9 +213,33 @@ DAMAGE = {
     "bit flipped": lambda path: flip(path / "optimizer.safetensors"),
     "bit flipped in the state": lambda path: flip(path / "state.json"),
     "missing": lambda path: (path / "target.safetensors").unlink(),
+    "renamed": lambda path: path.rename(path.with_name("step-00000011")),
+    "of another version": lambda path: forge(path, format=2),
+    "no steps": lambda path: forge(path, step="many"),
+    "no files": lambda path: forge(path, files=[]),
+    "no state": lambda path: forge(path, run=None),
     "empty": lambda path: (path / "state.json").write_bytes(b""),
     "swapped": lambda path: shutil.copy(path / "model.safetensors", path / "target.safetensors"),
 }
+
+
+def forge(path, **changed):
+    """A state that a stranger made, with a checksum that fits."""
+    content = {**json.loads((path / "state.json").read_text())["content"], **changed}
+    digest = checkpoint._digest(checkpoint._canonical(content))
+    (path / "state.json").write_text(json.dumps({"digest": digest, "content": content}))
+
+
+@pytest.mark.parametrize("name", ["log", "report", "recipe", "precision"])
+def test_a_forged_state_is_refused(name, train, tmp_path):
+    train("run", cut=(3, signal.SIGTERM))
+    (path,) = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")
+    state = json.loads((path / "state.json").read_text())["content"]["run"]
+    forge(path, run={**state, name: [1]})
+    code, _ = train("run")
+    assert code.startswith("error: ") and name in code and "no state of a run" in code
+    forge(path, run={**state, "report": {"reports": [{"evil": 1}], "losses": []}})
+    assert "reports are not ours" in train("run")[0]
 
 
 def flip(path):
@@ -231,7 +255,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(damage, train, tmp_path):
     DAMAGE[damage](folder / "step-00000010")
     (folder / "step-00000008" / "notes.txt").write_text("an extra file does no harm")
     code, printed = train("run", "--save-every", 4, "--keep", 9)
-    assert code is None and "step-00000010 is damaged and passed over" in printed
+    newest = "step-00000011" if damage == "renamed" else "step-00000010"
+    assert code is None and f"{newest} is damaged and passed over" in printed
     assert "going on after step 8" in printed
     assert train("whole")[0] is None
     assert_same(what_it_learnt(tmp_path / "whole"), what_it_learnt(tmp_path / "run"))

@@ -11,6 +11,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 METRICS = "metrics.jsonl"
+KEPT = ("seconds", "input_seconds", "first_loss", "last_loss", "skipped")
 
 
 class Log:
@@ -39,13 +40,12 @@ class Log:
 
     def state(self) -> dict:
         """What a checkpoint keeps."""
-        names = ("seconds", "input_seconds", "first_loss", "last_loss", "skipped")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in KEPT}
 
     def resume(self, step: int, state: dict) -> None:
         """Go on after `step` steps: what a lost run wrote of later ones is taken out of the file."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        for name in KEPT:
+            setattr(self, name, state[name])
         self.earlier, self.done = self.seconds, step
         self.progress.update(self.task, completed=step)
         if self.file:

@@ -56,7 +56,10 @@ class OnlineReport:
 
     def resume(self, state: dict) -> None:
         """Go on from there: what a lost run reported later is taken out of the file."""
-        self.reports = [Health(**report) for report in state["reports"]]
+        try:
+            self.reports = [Health(**report) for report in state["reports"]]
+        except TypeError as error:
+            raise ValueError(f"the checkpoint's reports are not ours: {error}") from None
         self.losses = list(torch.tensor(state["losses"], device=self.accelerator.device))
         if self.reports and self.accelerator.is_main_process:
             self.write()

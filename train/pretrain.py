@@ -91,7 +91,8 @@ def main() -> None:
             f"{data.leaked:,} of the {len(data.report):,} test images are also in the training set, pixel for pixel"
         )
     try:
-        training = train(run, target)
+        with plain_errors(each=True):
+            training = train(run, target)
     except Interrupted as end:
         console.print(str(end))
         sys.exit(RESUME_ME)

@@ -36,10 +36,20 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LINGER = 10.0  # seconds that workers of a killed run may take to end; they hold its lock
 INSIST = 1.0  # seconds after which another SIGINT means it; launchers pass on the one that the terminal sent already
 FOLDER = "checkpoints"
+NUMBER = (float, type(None))
 MAY_CHANGE = {  # between the parts of a run: where things lie, what is told, how long it goes on
     *("out", "overwrite", "resume", "epochs", "workers", "tracker", "report_every", "stop_on_collapse", "log_every"),
     *("save_every", "keep", "keep_every", "minutes", "on_nonfinite"),
     *(f"source.{name}" for name in ("data", "data_root", "cache", "cache_dir", "ram_gib", "skip_unreadable")),
+}
+
+
+FORM = {  # of a checkpoint's state
+    "log": {"seconds": float, "input_seconds": float, "first_loss": NUMBER, "last_loss": NUMBER, "skipped": int},
+    "report": {"reports": list, "losses": list},
+    "precision": str,
+    "recipe": dict,
+    "fingerprint": str,
 }
 
 
@@ -114,7 +124,7 @@ def find_checkpoint(recipe: Recipe, out: Path, fingerprint: str, precision: str,
                 f"no checkpoint in {out / FOLDER} is whole ({names}); repair one, or start anew with --overwrite."
             )
     if path is not None:
-        check_same_run(read_state(path), recipe, fingerprint, precision, path)
+        check_same_run(read_state(path, FORM), recipe, fingerprint, precision, path)
     return path
 
 
@@ -175,7 +185,7 @@ class Saver:
 
     def resume(self, path: Path, log, report) -> int:
         """Put everything back; returns how many steps are done."""
-        state, step = read_state(path), step_of(path)
+        state, step = read_state(path, FORM), step_of(path)
         if step > self.total_steps:
             raise ValueError(f"{path} is beyond the end of this run, {self.total_steps} steps; use more --epochs.")
         load_checkpoint(path, **self.trained)

@@ -64,15 +64,13 @@ def train(labelled, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(pretrain, "update_target", update_and_cut)
         arguments = [*TINY, "--data", data, "--cache-dir", tmp_path / "cache", "--out", tmp_path / name, *more]
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments)])
-        before = {number: signal.getsignal(number) for number in saving.SIGNALS}
+        before = [signal.getsignal(number) for number in saving.SIGNALS]
         try:
             pretrain.main()
             code = None
         except SystemExit as end:
             code = end.code
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        assert [signal.getsignal(number) for number in saving.SIGNALS] == before
         return code, " ".join(capsys.readouterr().out.split())
 
     return go
@@ -185,6 +183,15 @@ def test_what_was_done_after_the_last_save_is_done_again(train, tmp_path, monkey
         file.write('{"step": 16, "lo')  # torn
     code, printed = train("cut", "--save-every", 5, "--keep", 9)
     assert code is None and "going on after step 10" in printed
+    assert_same(what_it_learnt(tmp_path / "whole"), what_it_learnt(tmp_path / "cut"))
+
+
+def test_cut_in_the_last_step(train, tmp_path):
+    """Nothing is left to train, but the encoder is still to be written."""
+    assert train("whole")[0] is None
+    code, printed = train("cut", cut=(STEPS, signal.SIGTERM))
+    assert code == 75 and "saved after step 16 of 16" in printed
+    assert train("cut")[0] is None
     assert_same(what_it_learnt(tmp_path / "whole"), what_it_learnt(tmp_path / "cut"))
 
 

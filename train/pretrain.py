@@ -226,7 +226,7 @@ def train(run: Run, target: Encoder) -> dict:
 
     model.train()
     batches = load_batches(recipe, accelerator, data, range(start, total_steps))
-    with log:
+    with log, saver.signals:
         if start == 0:
             report.after(0, None)
         for step in range(start, total_steps):

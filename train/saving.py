@@ -62,13 +62,19 @@ class SaveFailed(Exception):
 
 
 class Signals:
-    """Remembers that the run was told to stop; a second SIGINT ends it at once."""
+    """While it is entered: remembers that the run was told to stop; a second SIGINT ends it at once."""
 
     def __init__(self):
         self.name: str | None = None
         self.at = 0.0
-        for number in SIGNALS:
-            signal.signal(number, self._remember)
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.name == "SIGINT" and time.monotonic() - self.at > INSIST:

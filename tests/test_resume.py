@@ -332,12 +332,13 @@ def test_a_second_run_in_a_folder_is_refused(train, tmp_path, monkeypatch):
     assert train("run")[0] is None
 
 
-def test_nonfinite_steps_can_be_left_out(train, tmp_path, monkeypatch):
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nonfinite_steps_can_be_left_out(bad, train, tmp_path, monkeypatch):
     real, calls = pretrain.target_features, []
 
     def poisoned(target, images, **options):
         calls.append(1)
-        return real(target, images, **options) * (float("nan") if len(calls) == 4 else 1)
+        return real(target, images, **options) * (bad if len(calls) == 4 else 1)
 
     monkeypatch.setattr(pretrain, "target_features", poisoned)
     assert train("run", "--on-nonfinite", "skip")[0] is None
@@ -346,7 +347,8 @@ def test_nonfinite_steps_can_be_left_out(train, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped"] == 1
     calls.clear()
     code, _ = train("stopped")
-    assert code.startswith("error: loss is nan") and "at step 3" in code and "nothing was updated" in code
+    assert code.startswith(f"error: loss is {bad}") and "at step 3" in code and "nothing was updated" in code
+    assert f"last finite loss {what_it_learnt(tmp_path / 'run')[0][2]['loss']}" in code
     lines = (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
     names = (tmp_path / "stopped" / "nonfinite.txt").read_text().splitlines()

@@ -40,6 +40,7 @@ from scott_sparse.data import Data, open_data, short_side_for, unreadable_lines
 from scott_sparse.jepa import make_target, target_features, update_target
 from scott_sparse.optimizer import adamw, set_schedules
 from scott_sparse.randomness import batch_indices, generator_at, seed_at
+from scott_sparse.shapes import Tensor
 from scott_sparse.sparse import choose_engine
 from scott_sparse.views import make_views
 from scott_sparse.vit import Encoder
@@ -218,8 +219,8 @@ def train(run: Run, target: Encoder) -> dict:
     trained = accelerator.unwrap_model(model, keep_torch_compile=False)
     log = Log(recipe, out, accelerator, run.console, total_steps, steps_per_epoch)
     report = OnlineReport(recipe, out, accelerator, data, target, trained.encoder, run.console)
-    parts = {"model": trained, "target": target, "optimizer": optimizer.optimizer}
-    saver = Saver(recipe, out, accelerator, data.fingerprint, total_steps, run.console, **parts)
+    state = {"model": trained, "target": target, "optimizer": optimizer.optimizer}
+    saver = Saver(recipe, out, accelerator, data.fingerprint, total_steps, run.console, **state)
     start = saver.resume(run.checkpoint, log, report) if run.checkpoint else 0
     if recipe.tracker:
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start}})
@@ -260,9 +261,8 @@ def train(run: Run, target: Encoder) -> dict:
                 finite &= bool(torch.isfinite(norm))
             (nonfinite,) = saver.any(not finite)
             if nonfinite and recipe.on_nonfinite == "stop":
-                raise NonFinite(
-                    describe_nonfinite(run, step, terms["loss"], norm, log.last_loss, schedules.lr_at(step))
-                )
+                log.flush()
+                raise NonFinite(describe_nonfinite(run, step, terms["loss"], norm, log.last_loss))
             if nonfinite:
                 log.skipped += 1
             else:
@@ -277,16 +277,15 @@ def train(run: Run, target: Encoder) -> dict:
     return {**log.summary(), "report_share": round(report.seconds / log.seconds, 4), "verdict": report.verdict}
 
 
-def describe_nonfinite(run: Run, step: int, loss, norm, last_loss: float | None, lr: float) -> str:
+def describe_nonfinite(run: Run, step: int, loss: Tensor, norm: Tensor, last_loss: float | None) -> str:
     """What is known about a step that is not to be; the batch's images are listed in nonfinite.txt."""
     recipe, images = run.recipe, run.data.pretrain
     rows = batch_indices(step, images=len(images), batch=recipe.batch_size, seed=recipe.seed).tolist()
     if run.accelerator.is_main_process:
         (run.out / "nonfinite.txt").write_text("\n".join([*(images.names[i] for i in rows), ""]))
     return (
-        f"loss is {loss.item()}, gradient norm {norm.item()} at step {step} (last finite loss {last_loss}, lr "
-        f"{lr:.2g}); nothing was updated. The batch's images are in {run.out / 'nonfinite.txt'}; --on-nonfinite skip "
-        "leaves such steps out."
+        f"loss is {loss.item()}, gradient norm {norm.item()} at step {step} (last finite loss {last_loss}); nothing was "
+        f"updated. The batch's images are in {run.out / 'nonfinite.txt'}; --on-nonfinite skip leaves such steps out."
     )
 
 

@@ -332,22 +332,26 @@ def test_a_second_run_in_a_folder_is_refused(train, tmp_path, monkeypatch):
     assert train("run")[0] is None
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nonfinite_steps_can_be_left_out(bad, train, tmp_path, monkeypatch):
-    real, calls = pretrain.target_features, []
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nonfinite_steps_can_be_left_out(where, train, tmp_path, monkeypatch):
+    """The fourth step's targets are infinite, which leaves the gradient finite, or its gradient alone is."""
+    owner, name = (pretrain, "target_features") if where == "loss" else (pretrain.Accelerator, "clip_grad_norm_")
+    real, calls = getattr(owner, name), []
 
-    def poisoned(target, images, **options):
+    def poisoned(*arguments, **options):
         calls.append(1)
-        return real(target, images, **options) * (bad if len(calls) == 4 else 1)
+        return real(*arguments, **options) * (float("inf") if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(pretrain, "target_features", poisoned)
+    monkeypatch.setattr(owner, name, poisoned)
     assert train("run", "--on-nonfinite", "skip")[0] is None
     lines = what_it_learnt(tmp_path / "run")[0]
-    assert [line["step"] for line in lines if line["loss"] is None] == [3]
+    assert [line["step"] for line in lines if None in (line["loss"], line["gradient_norm"])] == [3]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped"] == 1
     calls.clear()
     code, _ = train("stopped")
-    assert code.startswith(f"error: loss is {bad}") and "at step 3" in code and "nothing was updated" in code
+    said = "loss is nan" if where == "loss" else "gradient norm inf"
+    assert code.startswith("error: loss is ") and f"{said}" in code and "at step 3" in code
+    assert "nothing was updated" in code
     assert f"last finite loss {what_it_learnt(tmp_path / 'run')[0][2]['loss']}" in code
     lines = (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]

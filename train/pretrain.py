@@ -284,8 +284,8 @@ def describe_nonfinite(run: Run, step: int, loss: Tensor, norm: Tensor, last_los
     if run.accelerator.is_main_process:
         (run.out / "nonfinite.txt").write_text("\n".join([*(images.names[i] for i in rows), ""]))
     return (
-        f"loss is {loss.item()}, gradient norm {norm.item()} at step {step} (last finite loss {last_loss}); nothing was "
-        f"updated. The batch's images are in {run.out / 'nonfinite.txt'}; --on-nonfinite skip leaves such steps out."
+        f"loss is {loss.item()}, gradient norm {norm.item()} at step {step} (last finite loss {last_loss}); nothing "
+        f"was updated. The batch's images are in {run.out / 'nonfinite.txt'}; --on-nonfinite skip leaves such steps out."
     )
 
 

@@ -285,7 +285,7 @@ def describe_nonfinite(run: Run, step: int, loss: Tensor, norm: Tensor, last_los
         (run.out / "nonfinite.txt").write_text("\n".join([*(images.names[i] for i in rows), ""]))
     return (
         f"loss is {loss.item()}, gradient norm {norm.item()} at step {step} (last finite loss {last_loss}); nothing "
-        f"was updated. The batch's images are in {run.out / 'nonfinite.txt'}; --on-nonfinite skip leaves such steps out."
+        f"was updated. The batch's images are in {run.out / 'nonfinite.txt'}; --on-nonfinite skip leaves it out."
     )
 
 

@@ -101,9 +101,9 @@ CELLS = {
     "drop path .1": Cell(("--drop-path", "0.1")),
     "two masks per crop": Cell(("--masks", "2")),
     "four crops, hide .75": Cell(("--crops", "4", "--hide-ratio", "0.75")),
-    "four crops, hide .5": Cell(("--crops", "4")),
+    "four crops": Cell(("--crops", "4")),
 }
-EQUAL_SECONDS = ("without MIM-JEPA", "context all", "hide .75", "four crops, hide .75", "two masks per crop")
+EQUAL_SECONDS = ("without MIM-JEPA", "context all", "hide .75", "four crops, hide .75", "two masks per crop", "four crops")
 CELLS |= {f"{name}, equal seconds": Cell(CELLS[name].flags, seconds_of=name) for name in EQUAL_SECONDS}
 
 

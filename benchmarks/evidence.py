@@ -103,7 +103,14 @@ CELLS = {
     "four crops, hide .75": Cell(("--crops", "4", "--hide-ratio", "0.75")),
     "four crops": Cell(("--crops", "4")),
 }
-EQUAL_SECONDS = ("without MIM-JEPA", "context all", "hide .75", "four crops, hide .75", "two masks per crop", "four crops")
+EQUAL_SECONDS = (
+    "without MIM-JEPA",
+    "context all",
+    "hide .75",
+    "two masks per crop",
+    "four crops",
+    "four crops, hide .75",
+)
 CELLS |= {f"{name}, equal seconds": Cell(CELLS[name].flags, seconds_of=name) for name in EQUAL_SECONDS}
 
 

@@ -48,7 +48,7 @@ class EncoderConfig:
                 raise ValueError(f"{name} {getattr(self, name)} is outside 1 to {most}.")
         if not 0 <= self.registers <= 1024:
             raise ValueError(f"registers {self.registers} is outside 0 to 1024.")
-        if not 0 < self.mlp_ratio <= 64:
+        if self.ffn == "mlp" and not 0 < self.mlp_ratio <= 64:  # SwiGLU has no use for it
             raise ValueError(f"mlp_ratio {self.mlp_ratio} is outside 0 to 64.")
         if self.dim % 4 or self.dim % self.heads:
             raise ValueError(f"dim {self.dim} must be a multiple of 4 and of heads {self.heads}.")

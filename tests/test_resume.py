@@ -377,11 +377,12 @@ def test_a_full_disk_while_saving_keeps_the_run_and_the_old_checkpoint(train, tm
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
-def test_a_last_save_that_fails_is_no_success(train, tmp_path, monkeypatch):
-    def full(path, data):
+@pytest.mark.parametrize("where", ["checkpoint", "metrics"])
+def test_a_last_save_that_fails_is_no_success(where, train, tmp_path, monkeypatch):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(*((checkpoint, "_write") if where == "checkpoint" else (pretrain.Log, "write")), full)
     code, _ = train("run")
     assert code.startswith("error: step 16: no checkpoint could be written") and "make room" in code
 

@@ -62,9 +62,15 @@ class Log:
         self.progress.stop()
         if failure is None or self.accelerator.num_processes == 1:  # else the others may not take part
             self.flush()
-        self.write()
-        if self.file:
-            self.file.close()
+        try:
+            self.write()
+        except OSError as error:
+            if failure is None:
+                raise
+            self.console.print(f"the last lines of {METRICS} cannot be written ({error.strerror})")
+        finally:
+            if self.file:
+                self.file.close()
 
     @contextlib.contextmanager
     def input_time(self):

@@ -338,7 +338,7 @@ def soak(scene: Scene, row: Row, steps: int = 2000) -> None:
     epochs = str(steps // 4)
     more = ("--epochs", epochs, "--report-every", "50", "--save-every", "100")
     readings = []
-    for cut in (700, 1400, None):
+    for cut in (200, 400, None):
         process = scene.start("soak", *more)
         about = psutil.Process(process.pid)
         metrics = scene.folder / "soak" / "metrics.jsonl"
@@ -354,7 +354,7 @@ def soak(scene: Scene, row: Row, steps: int = 2000) -> None:
         row.injected += cut is not None
     lines = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     row.lost = abs(len(lines) - steps) + (lines != list(range(steps)))
-    last = [reading for reading in readings if reading[0] > 1450]
+    last = [reading for reading in readings if reading[0] > 450]
     (_, memory, files, threads), middle = last[len(last) // 8], last[-2]
     row.said = f"memory {memory} to {middle[1]} MiB, files {files} to {middle[2]}, threads {threads} to {middle[3]}"
     if middle[1] > memory + 16 or middle[2] > files + 2 or middle[3] > threads:

@@ -354,10 +354,10 @@ def soak(scene: Scene, row: Row, steps: int = 2000) -> None:
         row.injected += cut is not None
     lines = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     row.lost = abs(len(lines) - steps) + (lines != list(range(steps)))
-    last = [reading for reading in readings if reading[0] > 450]
-    (_, memory, files, threads), middle = last[len(last) // 8], last[-2]
-    row.said = f"memory {memory} to {middle[1]} MiB, files {files} to {middle[2]}, threads {threads} to {middle[3]}"
-    if middle[1] > memory + 16 or middle[2] > files + 2 or middle[3] > threads:
+    training = [reading for reading in readings if 600 < reading[0] < steps - 10]  # not what follows it
+    (_, memory, files, threads), end = training[0], training[-1]
+    row.said = f"memory {memory} to {end[1]} MiB, files {files} to {end[2]}, threads {threads} to {end[3]}"
+    if end[1] > memory + 16 or end[2] > files + 2 or end[3] > threads:
         row.said += ": NOT FLAT"
 
 

@@ -204,7 +204,7 @@ def test_which_checkpoints_are_kept(train, tmp_path):
 def test_pieces_of_some_minutes(train, tmp_path):
     codes = []
     while not codes or (codes[-1] == 75 and len(codes) < 20):
-        codes.append(train("run", "--minutes", "0.006")[0])
+        codes.append(train("run", "--minutes", "0.001")[0])
     assert len(codes) > 1 and codes[-1] is None
     assert train("whole")[0] is None
     assert_same(what_it_learnt(tmp_path / "whole"), what_it_learnt(tmp_path / "run"))

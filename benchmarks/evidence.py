@@ -43,13 +43,8 @@ from scott_sparse.scores import score  # noqa: E402
 from scott_sparse.shapes import Tensor  # noqa: E402
 
 RUNS = ROOT / "benchmarks" / "evidence.jsonl"
-PENALTIES = (
-    1e-2,
-    1e-3,
-    3e-4,
-    1e-4,
-    3e-5,
-)  # fewer than eval/linear.py tries: it would take longer than some cells train
+# Fewer than eval/linear.py tries: it would take longer than some cells train.
+PENALTIES = (1e-2, 1e-3, 3e-4, 1e-4, 3e-5)
 CACHE = Path(".cache/evidence")
 MEASURES = ("knn_val", "linear_val", "knn_test", "linear_test")
 

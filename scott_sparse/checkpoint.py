@@ -120,10 +120,10 @@ def tensors_of(
     """What `save_checkpoint` writes; the moments of a parameter that had no gradient yet are zeros."""
     moments = {}
     for name, p in model.named_parameters():
-        of_parameter = optimizer.state.get(p, {})
-        for moment in MOMENTS:
-            none = torch.zeros(()) if moment == "step" else torch.zeros_like(p)
-            moments[f"{name}.{moment}"] = of_parameter.get(moment, none)
+        of_parameter = optimizer.state.get(p)
+        if of_parameter is None:
+            of_parameter = {moment: torch.zeros(() if moment == "step" else p.shape) for moment in MOMENTS}
+        moments |= {f"{name}.{moment}": of_parameter[moment] for moment in MOMENTS}
     return {"model": model.state_dict(), "target": target.state_dict(), "optimizer": moments}
 
 
@@ -162,12 +162,12 @@ def _canonical(content: dict) -> bytes:
     return json.dumps(content, sort_keys=True).encode()
 
 
-def _hasher():
-    return hashlib.blake2b(digest_size=16)
+def _hasher(data: bytes = b""):
+    return hashlib.blake2b(data, digest_size=16)
 
 
 def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+    return _hasher(data).hexdigest()
 
 
 def _write(path: Path, data: bytes) -> None:

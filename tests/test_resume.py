@@ -186,6 +186,15 @@ def test_what_was_done_after_the_last_save_is_done_again(train, tmp_path, monkey
     assert_same(what_it_learnt(tmp_path / "whole"), what_it_learnt(tmp_path / "cut"))
 
 
+def test_cut_in_the_last_step(train, tmp_path):
+    """Nothing is left to train, but the encoder is still to be written."""
+    assert train("whole")[0] is None
+    code, printed = train("cut", cut=(STEPS, signal.SIGTERM))
+    assert code == 75 and "saved after step 16 of 16" in printed, (code, printed)
+    assert train("cut")[0] is None
+    assert_same(what_it_learnt(tmp_path / "whole"), what_it_learnt(tmp_path / "cut"))
+
+
 def test_which_checkpoints_are_kept(train, tmp_path):
     train("run", "--save-every", 2, "--keep", 2, "--keep-every", 6)
     found = [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path / "run" / "checkpoints")]

@@ -12,8 +12,10 @@ from einops import rearrange
 from torch import nn
 
 from scott_sparse import sparse
+from scott_sparse.active import KERNEL, ActivePatches
+from scott_sparse.dense import dense_strided_conv, max_blur_pool, restrict
 from scott_sparse.shapes import Bool, Float, Int, Tensor
-from scott_sparse.sparse import ActivePatches
+from scott_sparse.tiles import max_blur_pool_tiles, strided_conv_tiles
 
 # Whether each stride-2 convolution is followed by a stride-2 max-blur-pool: P = 2 ** (convolutions + pools).
 STAGES = {16: (True, True), 8: (True, False), 4: (True,)}
@@ -71,8 +73,9 @@ class SparseTokenizer(Tokenizer):
     P = 16: conv 7x7/2, 3 -> stem_width, ReLU, max-blur-pool, conv 7x7/2, stem_width -> D, ReLU, max-blur-pool. P = 8
     drops the second pool, P = 4 is a single stage. Active sites after every layer: those of the visible patches.
 
-    `engine`: `spconv` (a SparseConvTensor of the visible pixels runs through spconv), `dense` (the oracle: convolve,
-    then zero), or `auto`: spconv wherever it works. Where everything is visible the two are the same and dense runs.
+    `engine`: `spconv` (a SparseConvTensor of the visible pixels runs through spconv), `tiles` (visible patches with
+    their halo, one matrix product per convolution), `dense` (the oracle: convolve, then zero), or `auto`: what is
+    fastest (`choose_engine`). Where everything is visible all are the same and dense runs.
     Raises ValueError for an unknown patch size or engine, and for `spconv` where it cannot work.
     """
 
@@ -86,7 +89,7 @@ class SparseTokenizer(Tokenizer):
         self.pools = STAGES[patch_size]
         widths = [3, *[stem_width] * (len(self.pools) - 1), dim]
         self.kernels = nn.ParameterList(
-            nn.Parameter(torch.empty(k, c, sparse.KERNEL, sparse.KERNEL)) for c, k in itertools.pairwise(widths)
+            nn.Parameter(torch.empty(k, c, KERNEL, KERNEL)) for c, k in itertools.pairwise(widths)
         )
         for kernel in self.kernels:
             nn.init.kaiming_normal_(kernel)
@@ -96,9 +99,11 @@ class SparseTokenizer(Tokenizer):
         return sparse.to_sparse(images, self.active(images, visible))
 
     def _packed(self, images, active):
-        if active is not None and sparse.choose_engine(self.engine, images.device) == "spconv":
-            return self._spconv(images, active)
-        return self._dense(images, active)
+        if active is None:
+            return self._dense(images, None)
+        share = len(active) / max(active.visible.numel(), 1)
+        engine = sparse.choose_engine(self.engine, images.device, visible_share=share, dim=self.dim)
+        return {"spconv": self._spconv, "tiles": self._tiles, "dense": self._dense}[engine](images, active)
 
     @torch._dynamo.disable
     def _spconv(self, images: Tensor, active: ActivePatches) -> Tensor:
@@ -111,12 +116,22 @@ class SparseTokenizer(Tokenizer):
                     x = sparse.sparse_max_blur_pool(x, active)
             return x.features
 
-    def _dense(self, images: Tensor, active: ActivePatches | None) -> Tensor:
-        x = sparse.restrict(images, active).contiguous(memory_format=torch.channels_last)
+    @torch._dynamo.disable
+    def _tiles(self, images: Tensor, active: ActivePatches) -> Tensor:
+        p = self.patch_size
+        x = active.gather(images).unflatten(0, (len(active), p, p))
         for kernel, pool in zip(self.kernels, self.pools):
-            x = F.relu(sparse.dense_strided_conv(x, kernel, active))
+            x = F.relu(strided_conv_tiles(x, kernel, active))
             if pool:
-                x = sparse.restrict(sparse.max_blur_pool(x), active)
+                x = max_blur_pool_tiles(x, active)
+        return x.flatten(0, 2)
+
+    def _dense(self, images: Tensor, active: ActivePatches | None) -> Tensor:
+        x = restrict(images, active).contiguous(memory_format=torch.channels_last)
+        for kernel, pool in zip(self.kernels, self.pools):
+            x = F.relu(dense_strided_conv(x, kernel, active))
+            if pool:
+                x = restrict(max_blur_pool(x), active)
         return rearrange(x, "b d h w -> (b h w) d") if active is None else active.gather(x)
 
 

@@ -26,7 +26,7 @@ def test_there_are_golden_files():
     assert FILES, f"no *.safetensors in {FOLDER}"
 
 
-@pytest.mark.parametrize("engine", ["dense", "spconv"])
+@pytest.mark.parametrize("engine", ["dense", "spconv", "tiles"])
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_golden(path, engine):
     with safe_open(path, "pt") as file:

@@ -1,6 +1,7 @@
 """Encoder, predictor, target and loss: shapes on any grid, a gradient for every parameter, terms against oracles."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -28,7 +29,7 @@ def losses(config=TINY, objective=BESIDE, engine="auto", grid=(3, 4), batch=2, c
     return model, model(images, visible, targets, directions)
 
 
-@pytest.mark.parametrize("engine", ["dense", "spconv"])
+@pytest.mark.parametrize("engine", ["dense", "spconv", "tiles"])
 @pytest.mark.parametrize("context", ["all", "visible"])
 @pytest.mark.parametrize("tokenizer", ["scott", "patch"])
 @pytest.mark.parametrize("ffn", ["swiglu", "mlp"])
@@ -83,9 +84,9 @@ def test_sizes_are_those_of_the_paper():
 def test_engines_give_the_same_losses():
     for context in ("all", "visible"):
         objective = dataclasses.replace(BESIDE, context=context)
-        dense, spconv = (losses(objective=objective, engine=engine)[1] for engine in ("dense", "spconv"))
-        for name in dense:
-            assert spconv[name].item() == pytest.approx(dense[name].item(), rel=1e-5), name
+        dense, *others = (losses(objective=objective, engine=engine)[1] for engine in ("dense", "spconv", "tiles"))
+        for name, other in itertools.product(dense, others):
+            assert other[name].item() == pytest.approx(dense[name].item(), rel=1e-5), name
 
 
 def test_visible_context_does_not_depend_on_hidden_pixels():

@@ -33,7 +33,8 @@ def test_engines_share_one_checkpoint(saved):
     images = torch.randn(2, 3, 32, 48)
     visible = torch.tensor([[True, False, True, False, False, True]] * 2)
     expected = load_encoder(folder, engine="dense")(images, visible)
-    assert torch.allclose(load_encoder(folder, engine="spconv")(images, visible), expected, atol=1e-5)
+    for engine in ("spconv", "tiles"):
+        assert torch.allclose(load_encoder(folder, engine=engine)(images, visible), expected, atol=1e-5)
 
 
 def test_nothing_there(tmp_path):

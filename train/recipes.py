@@ -40,7 +40,7 @@ class Recipe:
     tokenizer: Literal["scott", "patch"] = "scott"
     patch_size: int = 16
     stem_width: int = 64
-    engine: Literal["auto", "spconv", "dense"] = "auto"
+    engine: Literal["auto", "spconv", "tiles", "dense"] = "auto"
     ffn: Literal["swiglu", "mlp"] = "swiglu"
     registers: int = 0
     dropout: float = 0.0

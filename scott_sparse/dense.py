@@ -1,0 +1,43 @@
+"""The oracle: convolve the zero-filled map, then zero what is not active. Also the path where everything is visible."""
+
+import torch
+import torch.nn.functional as F
+from einops import repeat
+
+from scott_sparse.active import PADDING, ActivePatches
+from scott_sparse.shapes import Float, Tensor
+
+
+def dense_strided_conv(
+    images: Float[Tensor, "B C H W"], weight: Float[Tensor, "K C 7 7"], active: ActivePatches | None
+) -> Float[Tensor, "B K h w"]:
+    """7x7 stride-2 padding-3 convolution without bias. `active` None: everything is."""
+    return restrict(F.conv2d(images, weight, stride=2, padding=PADDING), active)
+
+
+def restrict(dense: Float[Tensor, "B C H W"], active: ActivePatches | None) -> Float[Tensor, "B C H W"]:
+    """Zero every inactive site of a dense map."""
+    if active is None:
+        return dense
+    # `where`, not a product: a nan or inf under a hidden patch must not survive as nan * 0.
+    return torch.where(active.active_map(dense.shape[-2] // active.grid[0]), dense, 0)
+
+
+def max_blur_pool(dense: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H/2 W/2"]:
+    """Maximum over 2x2, stride 1, then the 3x3 binomial blur with stride 2 (arXiv 1904.11486, section 3).
+
+    The maximum map has H-1 x W-1 sites; the blur pads it with one zero on each side.
+    """
+    return binomial(F.max_pool2d(dense, 2, stride=1), padding=1)
+
+
+def binomial(x: Float[Tensor, "B C H W"], *, padding: int) -> Float[Tensor, "B C h w"]:
+    """[1 2 1] x [1 2 1] / 16 on each channel, stride 2."""
+    tap = torch.tensor([0.25, 0.5, 0.25], dtype=x.dtype, device=x.device)
+    kernel = repeat(tap[:, None] * tap, "y x -> c 1 y x", c=x.shape[1])
+    if x.is_cuda:
+        return F.conv2d(x, kernel, stride=2, padding=padding, groups=x.shape[1])
+    # On a CPU the way back through a depthwise convolution in bf16 takes ten times as long as in fp32.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.conv2d(x.to(wide), kernel.to(wide), stride=2, padding=padding, groups=x.shape[1])

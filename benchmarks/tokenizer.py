@@ -1,77 +1,178 @@
-"""SCOTT's stem on both engines: forward, and forward + backward, at several shares of visible patches.
+"""SCOTT's stem in every form that gives the same numbers: forward, and forward + backward, by share of visible patches.
 
     python benchmarks/tokenizer.py
+    python benchmarks/tokenizer.py --only "paper, 224 px" --repeats 15 --json tokenizer.json
 
-Repeats are interleaved, so that a noisy machine is noisy for both; medians in milliseconds and their quartiles.
+Forms: the engines in fp32, and in bf16 where they have it (spconv has not); `unmasked`, the dense stem with everything
+visible, as a ViT with a plain convolutional stem has it; `spconv 5x5`, the other way to give spconv a stride, a
+SubMConv2d of 5x5 blocks of 2x2 pixels. Forms take turns, so that a noisy machine is noisy for all; medians in
+milliseconds. `*` marks what `--engine auto` takes; "kept" is what the forward pass leaves in memory for the backward
+pass.
 """
 
-import argparse
-import itertools
+import json
 import platform
 import statistics
+import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+import tyro
+from einops import rearrange
 from rich.console import Console
 from rich.table import Table
 
-from scott_sparse import SparseTokenizer, draw_visible
-from scott_sparse.sparse import spconv_failure
+from scott_sparse import SparseTokenizer, draw_visible, sparse
+from scott_sparse.sparse import choose_engine, spconv_failure
 
-SETTINGS = {"paper stem, 224 px": (224, 16, 64, 384, 4), "demo stem, 48 px": (48, 8, 32, 96, 64)}
-SHARES = (0.1, 0.25, 0.4, 0.6, 0.8)
+STEMS = {  # side, patch size, stem width, D, images
+    "paper, 224 px": (224, 16, 64, 384, 8),
+    "paper, 448 px": (448, 16, 64, 384, 2),
+    "small-data, 64 px": (64, 8, 32, 96, 64),
+    "demo, 48 px": (48, 8, 32, 96, 64),
+}
+SHARES = (0.1, 0.25, 0.4, 0.6, 0.8, 1.0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    only: tuple[str, ...] = ()
+    """Stems by name; default all."""
+    repeats: int = 7
+    json: Path | None = None
+
+
+class BlocksOf5(SparseTokenizer):
+    """Pixel-unshuffle by 2 and spconv's own SubMConv2d: the 7x7 kernel is 4x4 blocks, padded with zeros to 5x5."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, engine="spconv", **options)
+        spconv = sparse._import_spconv()
+        self.layers = torch.nn.ModuleList()
+        for k, c in (kernel.shape[:2] for kernel in self.kernels):
+            self.layers.append(spconv.SubMConv2d(4 * c, k, 5, bias=False, algo=spconv.ConvAlgo.Native))
+
+    def adopt(self) -> None:
+        """Take the weights of `kernels`."""
+        for layer, kernel in zip(self.layers, self.kernels):
+            blocks = rearrange(F.pad(kernel.data, (1, 0, 1, 0)), "k c (y dy) (x dx) -> k y x (dy dx c)", dy=2, dx=2)
+            layer.weight.data = F.pad(blocks, (0, 0, 0, 1, 0, 1)).contiguous()
+
+    def _spconv(self, images, active):
+        x = sparse.to_sparse(images, active)
+        for layer, pool in zip(self.layers, self.pools):
+            side = x.spatial_shape[0] // active.grid[0] // 2
+            blocks = rearrange(
+                x.features, "(s y dy x dx) c -> (s y x) (dy dx c)", s=len(active), x=side, y=side, dx=2, dy=2
+            )
+            x = sparse.sparse_relu(layer(sparse._sparse_tensor(blocks, active, side)))
+            if pool:
+                x = sparse.sparse_max_blur_pool(x, active)
+        return x.features
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-    console = Console()
-    engines = ["dense"] + (["spconv"] if spconv_failure(arguments.device) is None else [])
-    console.print(
-        f"{arguments.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}"
-    )
-    for name, (side, patch, stem, dim, batch) in SETTINGS.items():
-        table = Table(title=f"{name}, {batch} images: median ms (quartiles)")
-        for column in ("visible", *(f"{e} {w}" for w, e in itertools.product(("forward", "+ backward"), engines))):
-            table.add_column(column, justify="right")
-        for share in SHARES:
-            times = measure(engines, side, patch, stem, dim, batch, share, arguments)
-            table.add_row(f"{share:.0%}", *(show(times[key]) for key in itertools.product((False, True), engines)))
-        console.print(table)
+    settings = tyro.cli(Settings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    console, rows = Console(width=170), []
+    about = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}"
+    console.print(about)
+    for name in settings.only or STEMS:
+        if name not in STEMS:
+            sys.exit(f"error: unknown stem {name!r}; expected some of {', '.join(STEMS)}.")
+        rows += [measure(name, share, settings.repeats, device) for share in SHARES]
+        show(name, rows[-len(SHARES) :], device, console)
+    if settings.json:
+        settings.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
 
-def measure(engines, side, patch, stem, dim, batch, share, arguments):
+def forms(dim: int, patch: int, stem: int, device: torch.device) -> dict:
+    """(tokenizer, precision) by name; one set of weights."""
+    names = ["dense", "tiles"] + ["spconv"] * (spconv_failure(str(device)) is None)
+    made = {name: SparseTokenizer(dim, patch_size=patch, stem_width=stem, engine=name) for name in names}
+    for one in made.values():
+        one.load_state_dict(made["dense"].state_dict())
+    made["unmasked"] = made["dense"]
+    if "spconv" in made:
+        made["spconv 5x5"] = BlocksOf5(dim, patch_size=patch, stem_width=stem)
+        made["spconv 5x5"].load_state_dict(made["dense"].state_dict(), strict=False)
+        made["spconv 5x5"].adopt()
+    found = {name: (one.to(device), "fp32") for name, one in made.items()}
+    return found | {f"{name} bf16": (made[name].to(device), "bf16") for name in ("dense", "tiles", "unmasked")}
+
+
+def measure(name: str, share: float, repeats: int, device: torch.device) -> dict:
+    """Milliseconds and kept MiB of every form."""
+    side, patch, stem, dim, batch = STEMS[name]
     grid = (side // patch, side // patch)
-    images = torch.randn(batch, 3, side, side, device=arguments.device)
-    visible = draw_visible(batch, grid, hide_ratio=1 - share).to(arguments.device)
-    tokenizers = {e: SparseTokenizer(dim, patch_size=patch, stem_width=stem, engine=e) for e in engines}
-    times = {key: [] for key in itertools.product((False, True), engines)}
-    for repeat in range(arguments.repeats + 2):
-        for backward, engine in times:
-            tokenizer = tokenizers[engine].to(arguments.device)
-            elapsed = once(tokenizer, images, visible, backward)
+    images = torch.randn(batch, 3, side, side, device=device)
+    visible = torch.ones(batch, grid[0] * grid[1], dtype=torch.bool)
+    if share < 1:
+        visible = draw_visible(batch, grid, hide_ratio=1 - share)
+    visible = visible.to(device)
+    row = {"stem": name, "share": share, "auto": choose_engine("auto", device, visible_share=share, dim=dim)}
+    tokenizers = forms(dim, patch, stem, device)
+    times = {(form, backward): [] for form in tokenizers for backward in (False, True)}
+    expected = tokenizers["dense"][0].packed(images, visible)[0]
+    for repeat in range(repeats + 2):
+        for (form, backward), found in times.items():
+            tokenizer, precision = tokenizers[form]
+            shown = torch.ones_like(visible) if form.startswith("unmasked") else visible
+            milliseconds, tokens = once(tokenizer, images, shown, precision, backward)
+            if not form.startswith("unmasked"):
+                error = ((tokens - expected).norm() / expected.norm()).item()
+                assert error < (1e-5 if precision == "fp32" and device.type == "cpu" else 2e-2), f"{form}: {error}"
             if repeat > 1:
-                times[backward, engine].append(1e3 * elapsed)
-    return times
+                found.append(milliseconds)
+    for (form, backward), found in times.items():
+        row[f"{form}{' + backward' * backward}"] = statistics.median(found)
+    for form, (tokenizer, precision) in tokenizers.items():
+        shown = torch.ones_like(visible) if form.startswith("unmasked") else visible
+        row[f"{form} kept"] = kept_mib(tokenizer, images, shown, precision)
+    return row
 
 
-def once(tokenizer, images, visible, backward) -> float:
+def once(tokenizer, images, visible, precision: str, backward: bool):
     synchronize = torch.cuda.synchronize if images.is_cuda else (lambda: None)
     synchronize()
-    start = time.perf_counter()
+    started = time.perf_counter()
     with torch.set_grad_enabled(backward):
-        tokens = tokenizer(images, visible)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            tokens = tokenizer.packed(images, visible)[0]
         if backward:
-            tokens.sum().backward()
+            tokens.float().sum().backward()
     synchronize()
-    return time.perf_counter() - start
+    return 1e3 * (time.perf_counter() - started), tokens.detach().float()
 
 
-def show(values: list[float]) -> str:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.1f} ({low:.1f}-{high:.1f})"
+def kept_mib(tokenizer, images, visible, precision: str) -> float:
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    precise = torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), precise:
+        _ = tokenizer.packed(images, visible)
+    return sum(kept.values()) / 2**20
+
+
+def show(name: str, rows: list[dict], device: torch.device, console: Console) -> None:
+    names = [key.removesuffix(" kept") for key in rows[0] if key.endswith(" kept")]
+    table = Table(title=f"{name}, {STEMS[name][-1]} images: ms forward / with backward / MiB kept")
+    for column in ("visible", *names):
+        table.add_column(column, justify="right")
+    for row in rows:
+        cells = []
+        for form in names:
+            mark = "*" if form.removesuffix(" bf16") == row["auto"] else ""
+            cells.append(f"{row[form]:.0f} / {row[form + ' + backward']:.0f} / {row[form + ' kept']:.0f}{mark}")
+        table.add_row(f"{row['share']:.0%}", *cells)
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""AdamW as the paper uses it: weight decay on matrices only, rates set from pure schedules at each step."""
+"""AdamW as the paper uses it, in one kernel: weight decay on matrices only, rates set from pure schedules at each step."""
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ def adamw(model: nn.Module, *, betas: tuple[float, float] = (0.9, 0.999), eps: f
     free = [p for name, p in named if p.ndim <= 1 or name.endswith("bias")]
     decayed = [p for name, p in named if not (p.ndim <= 1 or name.endswith("bias"))]
     groups = [{"params": decayed, "decays": True}, {"params": free, "decays": False}]
-    return torch.optim.AdamW(groups, betas=betas, eps=eps)
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
 
 
 def set_schedules(optimizer: torch.optim.Optimizer, schedules: Schedules, step: int) -> None:

@@ -1,4 +1,4 @@
-"""AdamW as the paper uses it, in one kernel: weight decay on matrices only, rates set from pure schedules at each step."""
+"""AdamW as the paper uses it, in one kernel: matrices alone decay, and rates follow pure schedules at each step."""
 
 import torch
 from torch import nn

@@ -39,18 +39,29 @@ class Tokenizer(nn.Module):
         h, w = self.grid(images)
         if visible is None:
             return self._packed(images, None).reshape(len(images), h * w, self.dim)
-        active = self.active(images, visible)
-        tokens = self._packed(images, active)
+        tokens, indices = self.packed(images, visible)
         dense = tokens.new_zeros(len(images) * h * w, self.dim)
-        dense = dense.index_copy(0, active.image * (h * w) + active.patch, tokens)
+        dense = dense.index_copy(0, indices[:, 0] * (h * w) + indices[:, 1], tokens)
         return dense.view(len(images), h * w, self.dim)
 
+    @torch._dynamo.disable  # how many patches are visible is known to no compiler
     def packed(
         self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]
     ) -> tuple[Float[Tensor, "S D"], Int[Tensor, "S 2"]]:
         """Tokens of the visible patches only, image by image in raster order, and their (image, patch) indices."""
         active = self.active(images, visible)
         return self._packed(images, active), torch.stack([active.image, active.patch], dim=1)
+
+    @torch._dynamo.disable
+    def packed_by_image(
+        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]
+    ) -> tuple[Float[Tensor, "B V D"], Int[Tensor, "B V"]]:
+        """The same where every image has V visible patches: tokens, and the patch of each. ValueError otherwise."""
+        counts = visible.sum(1)
+        if (counts != counts[0]).any():
+            raise ValueError(f"every image must have as many visible patches, got {counts.tolist()}.")
+        tokens, indices = self.packed(images, visible)
+        return tokens.unflatten(0, (len(images), -1)), indices[:, 1].unflatten(0, (len(images), -1))
 
     def active(self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]) -> ActivePatches:
         """The visible patches as the sparse layers use them. Raises ValueError where the shapes disagree."""
@@ -105,7 +116,6 @@ class SparseTokenizer(Tokenizer):
         engine = sparse.choose_engine(self.engine, images.device, visible_share=share, dim=self.dim)
         return {"spconv": self._spconv, "tiles": self._tiles, "dense": self._dense}[engine](images, active)
 
-    @torch._dynamo.disable
     def _spconv(self, images: Tensor, active: ActivePatches) -> Tensor:
         # spconv has no bf16, and under autocast its functions would fall to fp16: an fp32 (TF32) island.
         with torch.autocast(images.device.type, enabled=False):
@@ -116,7 +126,6 @@ class SparseTokenizer(Tokenizer):
                     x = sparse.sparse_max_blur_pool(x, active)
             return x.features
 
-    @torch._dynamo.disable
     def _tiles(self, images: Tensor, active: ActivePatches) -> Tensor:
         p = self.patch_size
         x = active.gather(images).unflatten(0, (len(active), p, p))

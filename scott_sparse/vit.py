@@ -106,12 +106,7 @@ class Encoder(nn.Module):
 
         Every image must have the same number V of visible patches, as `draw_visible` gives; ValueError otherwise.
         """
-        counts = visible.sum(1)
-        if (counts != counts[0]).any():
-            raise ValueError(f"forward_visible needs one visible count for all images, got {counts.tolist()}.")
-        packed, indices = self.tokenizer.packed(images, visible)
-        tokens = rearrange(packed, "(b v) d -> b v d", b=len(images))
-        where = rearrange(indices[:, 1], "(b v) -> b v", b=len(images))
+        tokens, where = self.tokenizer.packed_by_image(images, visible)
         return self.transformer(tokens, positions(self.tokenizer.grid(images), tokens)[where])
 
 

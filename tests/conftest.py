@@ -9,8 +9,8 @@ import pytest  # noqa: E402 - after the environment, which is read on import
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-sys.path.insert(0, str(ROOT / "train"))  # scripts import their neighbours, as they do when run
-sys.path.insert(0, str(ROOT / "eval"))
+for folder in ("train", "eval", "benchmarks"):  # scripts import their neighbours, as they do when run
+    sys.path.append(str(ROOT / folder))
 
 
 def pytest_sessionfinish():

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -108,7 +110,7 @@ def test_packed_context_equals_all_when_everything_is_visible():
 def test_uneven_masks_cannot_be_packed():
     visible = torch.ones(2, 12, dtype=torch.bool)
     visible[0, 0] = False
-    with pytest.raises(ValueError, match="one visible count"):
+    with pytest.raises(ValueError, match="as many visible patches"):
         Encoder(TINY).forward_visible(torch.zeros(2, 3, 48, 64), visible)
 
 
@@ -231,3 +233,29 @@ def test_several_masks_are_several_views_of_the_first_crop(context):
     both = model(images, visible, targets)["loss"]
     apart = [model(images, visible[:, i : i + 1], targets)["loss"] for i in range(2)]
     torch.testing.assert_close(both, (apart[0] + apart[1]) / 2)
+
+
+BREAKS = """
+import torch
+from scott_sparse import MIMJEPA, EncoderConfig, ObjectiveConfig, draw_visible
+from scott_sparse.jepa import make_target
+for context, tokenizer in (("all", "scott"), ("visible", "scott"), ("visible", "patch")):
+    config = EncoderConfig(dim=32, depth=2, heads=4, patch_size=16, stem_width=8, registers=2, tokenizer=tokenizer)
+    model = MIMJEPA(config, ObjectiveConfig(1.0, 1, context, invariance=1.0, projector=(16, 8)))
+    for h, w in ((4, 4), (3, 5)):
+        images, visible = torch.randn(2, 2, 3, 16 * h, 16 * w), draw_visible(4, (h, w), hide_ratio=0.5)
+        given = (images, visible.view(2, 2, -1), torch.randn(2, h * w, 32), torch.randn(8, 16))
+        torch._dynamo.reset()
+        found = torch._dynamo.explain(model)(*given)
+        assert found.break_reasons and all("Tokenizer.packed" in each.reason for each in found.break_reasons), found
+        assert torch._dynamo.explain(make_target(model.encoder))(images[:, 0]).graph_break_count == 0
+"""
+
+
+def test_compiled_graphs_break_at_the_tokenizer_alone(clean_environment):
+    """Whatever the grid: what is visible is packed outside, all else is compiled, the target encoder in one graph.
+
+    In a process of its own: the type checks of these tests are not there to be compiled.
+    """
+    done = subprocess.run([sys.executable, "-c", BREAKS], env=clean_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -178,7 +178,7 @@ def run_cell(bench: Bench, name: str, seed: int, length: float) -> dict:
     out = Path("runs/evidence", re.sub(r"[^\w.-]+", "-", f"{bench.label}-{seed}-{name}"))
     flags = ["demo" if bench.data == "petals" else "small-data", "--data", bench.data, "--seed", seed, "--out", out]
     flags += ["--epochs", bench.epochs * length, "--batch-size", bench.batch_size, "--report-every", 0, "--overwrite"]
-    flags += ["--engine", "dense", "--cache-dir", CACHE, *cell.flags]
+    flags += ["--cache-dir", CACHE, *cell.flags]
     run = pretrain.prepare([str(flag) for flag in flags])
     recipe, data, encoder, told = run.recipe, run.data, make_target(run.model.encoder), {}
     if cell.how == "pretrained":

@@ -21,8 +21,6 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for tensors on a CPU: a tenth of the time
-
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -47,6 +45,8 @@ from scott_sparse.sparse import choose_engine
 from scott_sparse.views import make_views
 from scott_sparse.vit import Encoder
 from scott_sparse.weights import CONFIG, WEIGHTS, write_beside
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it later: huge pages, a tenth of a CPU's time
 
 RESULTS = (*WEIGHTS.values(), CONFIG, "tokens.png", "summary.json")  # of a run that came to its end
 RUN_FILES = ("recipe.json", METRICS, "reports.jsonl", "unreadable.txt", "nonfinite.txt", *RESULTS)

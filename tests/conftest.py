@@ -13,6 +13,10 @@ for folder in ("train", "eval", "benchmarks"):  # scripts import their neighbour
     sys.path.append(str(ROOT / folder))
 
 
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+torch.backends.cudnn.allow_tf32 = False  # parity is asked for to more digits than TF32 has
+
+
 def pytest_sessionfinish():
     for file in (ROOT / ".cache").rglob("*.images*"):
         file.unlink()

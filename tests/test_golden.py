@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DEVICES
 from safetensors import safe_open
 
 from scott_sparse import MIMJEPA, EncoderConfig, ObjectiveConfig, from_paper_checkpoint
@@ -26,13 +27,14 @@ def test_there_are_golden_files():
     assert FILES, f"no *.safetensors in {FOLDER}"
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("engine", ["dense", "spconv", "tiles"])
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_golden(path, engine):
+def test_golden(path, engine, device):
     with safe_open(path, "pt") as file:
         case = json.loads(file.metadata()["case"])
-        golden = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    model = build(case, engine)
+        golden = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 - not a dict
+    model = build(case, engine).to(device)
     model.encoder.load_state_dict(from_paper_checkpoint(under("context.", golden)))
     model.predictor.load_state_dict(from_paper_checkpoint(under("predictor.", golden)))
     target = make_target(model.encoder)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICES
 
 from scott_sparse import PatchEmbed, SparseTokenizer, draw_visible, sparse
 from scott_sparse.active import ActivePatches
@@ -41,17 +42,18 @@ def relative(got, expected):
     return ((got - expected).norm() / expected.norm().clamp(min=1e-12)).item()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["all", "random", "block", "one", "none", "uneven"])
 @pytest.mark.parametrize("patch_size", [16, 8, 4])
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_engines_agree_forward_and_backward(grid, patch_size, kind, batch):
-    visible = masks(grid, batch)[kind]
-    images = torch.randn(batch, 3, grid[0] * patch_size, grid[1] * patch_size)
-    upstream = torch.randn(batch, grid[0] * grid[1], 12)
+def test_engines_agree_forward_and_backward(grid, patch_size, kind, batch, device):
+    visible = masks(grid, batch)[kind].to(device)
+    images = torch.randn(batch, 3, grid[0] * patch_size, grid[1] * patch_size, device=device)
+    upstream = torch.randn(batch, grid[0] * grid[1], 12, device=device)
     results = []
     for name in ENGINES:
-        tokenizer = engine(name, patch_size)
+        tokenizer = engine(name, patch_size).to(device)
         pixels = images.clone().requires_grad_()
         tokens = tokenizer(pixels, visible)
         (tokens * upstream).sum().backward()
@@ -63,7 +65,7 @@ def test_engines_agree_forward_and_backward(grid, patch_size, kind, batch):
     assert tokens.shape == (batch, grid[0] * grid[1], 12)
     assert not tokens[~visible].any()
     if kind == "all":
-        assert relative(engine("auto", patch_size)(images), tokens) < 1e-5
+        assert relative(engine("auto", patch_size).to(device)(images), tokens) < 1e-5
 
 
 @pytest.mark.parametrize("name", [*ENGINES, "patch"])

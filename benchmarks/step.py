@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                                  # the cases of what is here, a CPU or a GPU
     python benchmarks/step.py --only "paper 224, 16" --json step.json
+    python benchmarks/step.py --only SCALE                     # by image side, patch size and width
 
 The step is that of train/pretrain.py: views of decoded images, masks, both encoders, predictor, loss, backward,
 clipping, AdamW, EMA. The plain way: fp32, attention by einsum with its weights materialised, dense masked convolutions,
@@ -58,13 +59,23 @@ CASES = {
     "paper 224, 256, context visible": ("cuda", ["flowers102", "--batch-size", "256", "--context", "visible"]),
     "paper 224, 512": ("cuda", ["flowers102", "--batch-size", "512"]),
 }
+# How the cost grows, by name only: --only SCALE runs them all.
+SCALE = {
+    f"{size} {side} P{patch}, {batch}": ("any", ["flowers102", *flags, "--batch-size", str(batch)])
+    for size, side, patch, batch in (
+        *(("paper", 64, 16, 64), ("paper", 112, 16, 32), ("paper", 224, 16, 8), ("paper", 448, 16, 2)),
+        *(("paper", 64, 8, 32), ("paper", 64, 4, 8), ("tiny", 224, 16, 8), ("base", 224, 16, 4)),
+    )
+    for flags in [["--size", size, "--image-size", str(side), "--patch-size", str(patch)]]
+}
+CASES |= SCALE
 PARTS = ("masks", "input", "target", "tokenizer", "encoder", "predictor", "loss", "backward", "optimizer", "EMA")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     only: tuple[str, ...] = ()
-    """Cases by name; default those of the device that is here."""
+    """Cases by name, or SCALE; default those of the device that is here."""
     rounds: int = 5
     steps: int = 3
     """Of each form in a round."""
@@ -273,7 +284,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console, answers, masks = Console(width=150), [], masks_per_second()
     console.print(f"masks of 14 x 14: {masks:,.0f} per second, on one core")
-    for name in settings.only or [name for name, (kind, _) in CASES.items() if kind == device.type]:
+    here = [name for name, (kind, _) in CASES.items() if kind == device.type]
+    for name in SCALE if settings.only == ("SCALE",) else settings.only or here:
         if name not in CASES:
             sys.exit(f"error: unknown case {name!r}; expected some of {', '.join(CASES)}.")
         _, recipe = recipes.parse(CASES[name][1])

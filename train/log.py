@@ -14,6 +14,14 @@ METRICS = "metrics.jsonl"
 KEPT = ("seconds", "input_seconds", "first_loss", "last_loss", "skipped")
 
 
+class NonFinite(RuntimeError):
+    """Loss or gradient was nan or inf in a step."""
+
+    def __init__(self, step: int, loss: float, norm: float, last_loss: float | None):
+        super().__init__(f"loss is {loss}, gradient norm {norm} at step {step}")
+        self.step, self.loss, self.norm, self.last_loss = step, loss, norm, last_loss
+
+
 class Log:
     """A line per optimizer step, each once, also after the run was cut and resumed."""
 
@@ -22,7 +30,7 @@ class Log:
         self.total_steps, self.console = total_steps, console
         self.last_loss: float | None = None
         self.first_loss: float | None = None
-        self.waiting: list[tuple[int, dict, dict]] = []
+        self.waiting: list[tuple[int, dict, dict, torch.Tensor]] = []
         self.lines: list[str] = []  # not yet in the file
         self.file = (out / METRICS).open("ab", buffering=0) if accelerator.is_main_process else None
         self.progress = Progress(
@@ -79,8 +87,9 @@ class Log:
         yield
         self.input_seconds += time.perf_counter() - started
 
-    def add(self, step: int, tensors: dict, numbers: dict) -> None:
-        self.waiting.append((step, tensors, numbers))
+    def add(self, step: int, tensors: dict, numbers: dict, *, nonfinite: torch.Tensor) -> None:
+        """`nonfinite` is 1 where the step updated nothing. What raises is `flush`, some steps later."""
+        self.waiting.append((step, tensors, numbers, nonfinite))
         self.done = step + 1
         if self.done % self.recipe.log_every == 0 or self.done == self.total_steps:
             self.flush()
@@ -92,22 +101,29 @@ class Log:
                 )
 
     def flush(self) -> None:
-        """Values of the steps since the last flush become lines; all processes take part."""
+        """Values of the steps since the last flush become lines; all processes take part.
+
+        Raises NonFinite at the first step that was, unless such are to be skipped: the lines then end before it.
+        """
         self.seconds = self.earlier + time.perf_counter() - self.started
         if not self.waiting:
             return
-        table = torch.stack([torch.stack(list(tensors.values())).float() for _, tensors, _ in self.waiting])
-        table = self.accelerator.reduce(table, reduction="mean").tolist()
+        waiting, self.waiting = self.waiting, []
+        columns = [torch.stack([*tensors.values(), nonfinite]).float() for _, tensors, _, nonfinite in waiting]
+        table = self.accelerator.reduce(torch.stack(columns), reduction="mean").tolist()
         rate = self.done * self.recipe.batch_size / self.seconds
-        for (step, tensors, numbers), row in zip(self.waiting, table):
+        for (step, tensors, numbers, _), (*row, nonfinite) in zip(waiting, table):
+            if nonfinite and self.recipe.on_nonfinite == "stop":
+                found = dict(zip(tensors, row))
+                raise NonFinite(step, found["loss"], found["gradient_norm"], self.last_loss)
+            self.skipped += nonfinite > 0
             values = {name: value if math.isfinite(value) else None for name, value in zip(tensors, row)}
             line = {"step": step, "epoch": step // self.steps_per_epoch, **values, **numbers}
             line |= {"images_per_second": round(rate, 1)}
             self.lines.append(json.dumps(line) + "\n")
             self.accelerator.log(line, step=step)
-            self.last_loss = self.last_loss if line["loss"] is None else line["loss"]
+            self.last_loss = self.last_loss if nonfinite else line["loss"]
             self.first_loss = self.last_loss if self.first_loss is None else self.first_loss
-        self.waiting.clear()
         epoch = min((self.done - 1) // self.steps_per_epoch + 1, max(round(self.recipe.epochs), 1))
         self.progress.update(
             self.task,

@@ -6,6 +6,7 @@ forward only, so that it takes about 2 % of the time.
 
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 
@@ -52,6 +53,7 @@ class OnlineReport:
     def state(self) -> dict:
         """What a checkpoint keeps; all processes take part."""
         losses = self.accelerator.reduce(torch.stack(self.losses), "mean").tolist() if self.losses else []
+        losses = [loss for loss in losses if math.isfinite(loss)]
         return {"reports": [dataclasses.asdict(report) for report in self.reports], "losses": losses}
 
     def resume(self, state: dict) -> None:
@@ -65,7 +67,10 @@ class OnlineReport:
             self.write()
 
     def after(self, step: int, loss: torch.Tensor | None) -> None:
-        """`step` counts from 1; 0 is before the first. Raises Collapse where that is asked for."""
+        """`step` counts from 1; 0 is before the first; a loss of nan does not count.
+
+        Raises Collapse where that is asked for.
+        """
         if not self.every:
             return
         if loss is not None:
@@ -102,7 +107,10 @@ class OnlineReport:
         bank = extract(model, self.bank, size=self.size, tokens=True)
         queries = extract(model, self.queries, size=self.size) if self.labelled else None
         viewed = extract(model, self.viewed, size=self.size, copies=VIEWS - 1)
-        loss = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item() if self.losses else None
+        loss = None
+        if self.losses:
+            loss = self.accelerator.reduce(torch.stack(self.losses).nanmean(), "mean").item()
+            loss = loss if math.isfinite(loss) else None
         if bank is None:
             return None
         knn = error = None

@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from filelock import FileLock
-from log import METRICS, Log
+from log import METRICS, Log, NonFinite
 from online import Collapse, OnlineReport
 from recipes import Recipe, as_json, parse
 from report import draw_tokens, knn_report, knn_table
@@ -50,10 +50,6 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it later: huge
 
 RESULTS = (*WEIGHTS.values(), CONFIG, "tokens.png", "summary.json")  # of a run that came to its end
 RUN_FILES = ("recipe.json", METRICS, "reports.jsonl", "unreadable.txt", "nonfinite.txt", *RESULTS)
-
-
-class NonFinite(RuntimeError):
-    """Loss or gradient is nan or inf."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +95,9 @@ def main() -> None:
     except Interrupted as end:
         console.print(str(end))
         sys.exit(RESUME_ME)
-    except (Collapse, NonFinite, SaveFailed) as end:
+    except NonFinite as found:
+        stop(describe_nonfinite(run, found))
+    except (Collapse, SaveFailed) as end:
         stop(str(end))
 
     device = accelerator.device
@@ -228,6 +226,7 @@ def train(run: Run, target: Encoder) -> dict:
 
     model.train()
     batches = load_batches(recipe, accelerator, data, range(start, total_steps))
+    wrong = torch.zeros((), device=accelerator.device)
     with log, saver.signals:
         if start == 0:
             report.after(0, None)
@@ -257,36 +256,41 @@ def train(run: Run, target: Encoder) -> dict:
             # 3. Update, and let the target follow.
             norm = accelerator.clip_grad_norm_(model.parameters(), recipe.clip or float("inf"))
             terms = {key: torch.stack([part[key] for part in losses]).mean() for key in losses[0]}
-            finite = bool(torch.isfinite(terms["loss"]))
-            if accelerator.mixed_precision != "fp16":  # whose scaler skips steps with an overflow, and scales less
-                finite &= bool(torch.isfinite(norm))
-            (nonfinite,) = saver.any(not finite)
-            if nonfinite and recipe.on_nonfinite == "stop":
-                log.flush()
-                raise NonFinite(describe_nonfinite(run, step, terms["loss"], norm, log.last_loss))
-            if nonfinite:
-                log.skipped += 1
-            else:
-                optimizer.step()
-                if not optimizer.step_was_skipped:
-                    update_target(target, trained.encoder, schedules.momentum_at(step))
+            found = nonfinite(accelerator, terms["loss"], norm)
+            # Whoever wants to stop is told at the next line of the log; until then nothing more changes.
+            wrong = torch.maximum(wrong, found) if recipe.on_nonfinite == "stop" else found
+            if accelerator.scaler is None:  # else it leaves out what overflows by itself
+                optimizer.optimizer.found_inf = wrong  # the fused kernel then changes nothing, and nobody waits for it
+            optimizer.step()
+            if not optimizer.step_was_skipped:
+                update_target(target, trained.encoder, schedules.momentum_at(step))
             optimizer.zero_grad()
             rates = {"lr": schedules.lr_at(step), "weight_decay": schedules.weight_decay_at(step)}
-            log.add(step, {**terms, "gradient_norm": norm}, {**rates, "momentum": schedules.momentum_at(step)})
-            report.after(step + 1, None if nonfinite else terms["loss"])
+            rates["momentum"] = schedules.momentum_at(step)
+            log.add(step, {**terms, "gradient_norm": norm}, rates, nonfinite=wrong)
+            report.after(step + 1, terms["loss"].where(wrong == 0, torch.nan))
             saver.after(step + 1, log, report)
     return {**log.summary(), "report_share": round(report.seconds / log.seconds, 4), "verdict": report.verdict}
 
 
-def describe_nonfinite(run: Run, step: int, loss: Tensor, norm: Tensor, last_loss: float | None) -> str:
-    """What is known about a step that is not to be; the batch's images are listed in nonfinite.txt."""
+def nonfinite(accelerator: Accelerator, loss: Tensor, norm: Tensor) -> Tensor:
+    """1.0 where loss or gradient are nan or inf on any process, else 0.0, without waiting for the device."""
+    wrong = ~torch.isfinite(loss)
+    if accelerator.scaler is None:
+        wrong |= ~torch.isfinite(norm)
+    return (accelerator.reduce(wrong.float(), reduction="sum") > 0).float()
+
+
+def describe_nonfinite(run: Run, found: NonFinite) -> str:
+    """What is known about a step that was not to be; the batch's images are listed in nonfinite.txt."""
     recipe, images = run.recipe, run.data.pretrain
-    rows = batch_indices(step, images=len(images), batch=recipe.batch_size, seed=recipe.seed).tolist()
+    rows = batch_indices(found.step, images=len(images), batch=recipe.batch_size, seed=recipe.seed).tolist()
     if run.accelerator.is_main_process:
         (run.out / "nonfinite.txt").write_text("\n".join([*(images.names[i] for i in rows), ""]))
     return (
-        f"loss is {loss.item()}, gradient norm {norm.item()} at step {step} (last finite loss {last_loss}); nothing "
-        f"was updated. The batch's images are in {run.out / 'nonfinite.txt'}; --on-nonfinite skip leaves it out."
+        f"loss is {found.loss}, gradient norm {found.norm} at step {found.step} (last finite loss {found.last_loss}); "
+        f"nothing was updated since. The batch's images are in {run.out / 'nonfinite.txt'}; --on-nonfinite skip leaves "
+        "such steps out."
     )
 
 

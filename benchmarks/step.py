@@ -18,6 +18,7 @@ import json
 import math
 import platform
 import random
+import re
 import resource
 import statistics
 import sys
@@ -138,6 +139,15 @@ class Step:
             update_target(self.target, self.model.encoder, momentum)
         mark("EMA")
         self.number += 1
+
+    def attention_kernels(self) -> list[str]:
+        """Which of PyTorch's attention kernels a step runs; math is the slow one."""
+        with torch.profiler.profile() as profile:
+            self()
+        names = {re.sub(r"_backward|aten::|_?scaled_dot_product_|_for_cpu", "", e.key) for e in profile.key_averages()}
+        return sorted(
+            name for name in names if re.fullmatch(r"attention_math|\w*(flash|efficient|cudnn)_attention", name)
+        )
 
     def _masks_by_loop(self, part: Batch) -> Batch:
         count = visible_count(math.prod(self.recipe.grid), self.recipe.hide_ratio)
@@ -324,6 +334,7 @@ def measure(recipe: recipes.Recipe, settings: Settings, device: torch.device) ->
             "limit_tflops": limit["flops"] / 1e12,
             "limit_gbytes": limit["bytes"] / 1e9,
             "peak_memory_mib": memory[name],
+            "attention": step.attention_kernels(),
             "parts_ms": {part: 1e3 * value for part, value in parts.items()},
             "sum_of_parts": sum(parts.values()) / seconds,
         }

@@ -112,6 +112,7 @@ def main() -> None:
             "knn": knn,
             "seconds": round(time.perf_counter() - started, 1),
             **training,
+            "cpu_seconds": round(time.process_time(), 1),  # of this process, since it was started
             "peak_memory_mib": peak_memory_mib(device),
             "engine": engine,
             "terms": recipe.objective.terms,

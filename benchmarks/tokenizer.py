@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import tyro
-from einops import rearrange
 from rich.console import Console
 from rich.table import Table
 
@@ -58,16 +57,12 @@ class BlocksOf5(SparseTokenizer):
     def adopt(self) -> None:
         """Take the weights of `kernels`."""
         for layer, kernel in zip(self.layers, self.kernels):
-            blocks = rearrange(F.pad(kernel.data, (1, 0, 1, 0)), "k c (y dy) (x dx) -> k y x (dy dx c)", dy=2, dx=2)
-            layer.weight.data = F.pad(blocks, (0, 0, 0, 1, 0, 1)).contiguous()
+            layer.weight.data = F.pad(sparse.fold_kernel(kernel.data), (0, 0, 0, 1, 0, 1)).contiguous()
 
     def _spconv(self, images, active):
         x = sparse.to_sparse(images, active)
         for layer, pool in zip(self.layers, self.pools):
-            side = x.spatial_shape[0] // active.grid[0] // 2
-            blocks = rearrange(
-                x.features, "(s y dy x dx) c -> (s y x) (dy dx c)", s=len(active), x=side, y=side, dx=2, dy=2
-            )
+            blocks, side = sparse.fold_blocks(x, active)
             x = sparse.sparse_relu(layer(sparse._sparse_tensor(blocks, active, side)))
             if pool:
                 x = sparse.sparse_max_blur_pool(x, active)

@@ -36,13 +36,20 @@ def strided_submanifold_conv(sparse, weight: Float[Tensor, "K C 7 7"], active: A
 
     Equals `F.conv2d(dense, weight, stride=2, padding=3)` at the active output sites.
     """
+    blocks, side = fold_blocks(sparse, active)
+    return _sparse_tensor(_indice_conv(blocks, fold_kernel(weight).contiguous(), active, side), active, side)
+
+
+def fold_blocks(sparse, active: ActivePatches) -> tuple[Float[Tensor, "n f"], int]:
+    """Features of the 2x2 blocks of a SparseConvTensor's sites, f = 4 C, and blocks per side of a patch."""
     side = sparse.spatial_shape[0] // active.grid[0] // 2
-    blocks = rearrange(
-        sparse.features, "(s y dy x dx) c -> (s y x) (dy dx c)", s=len(active), x=side, y=side, dx=2, dy=2
-    )
-    # Offsets -3..3 become blocks -2..1 of two sites each, with a zero for the unused offset -4.
-    kernel = rearrange(F.pad(weight, (1, 0, 1, 0)), "k c (y dy) (x dx) -> k y x (dy dx c)", dy=2, dx=2)
-    return _sparse_tensor(_indice_conv(blocks, kernel.contiguous(), active, side), active, side)
+    pattern = "(s y dy x dx) c -> (s y x) (dy dx c)"
+    return rearrange(sparse.features, pattern, s=len(active), x=side, y=side, dx=2, dy=2), side
+
+
+def fold_kernel(weight: Float[Tensor, "K C 7 7"]) -> Float[Tensor, "K 4 4 f"]:
+    """Offsets -3..3 become blocks -2..1 of two sites each, with a zero for the unused offset -4."""
+    return rearrange(F.pad(weight, (1, 0, 1, 0)), "k c (y dy) (x dx) -> k y x (dy dx c)", dy=2, dx=2)
 
 
 def _indice_conv(blocks: Tensor, kernel: Tensor, active: ActivePatches, side: int) -> Tensor:

@@ -195,9 +195,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B n D"]) -> Float[Tensor, "B n D"]:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        if (
-            x.device.type == "cpu"
-        ):  # where bf16 attention gains nothing forward, and takes up to six times as long backward
+        if x.device.type == "cpu":  # where attention in bf16 gains nothing forward, and loses up to six times backward
             q, k, v = q.float(), k.float(), v.float()
         rate = self.attention_dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)

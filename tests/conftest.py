@@ -10,8 +10,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 for folder in ("train", "eval", "benchmarks"):  # scripts import their neighbours, as they do when run
-    sys.path.append(str(ROOT / folder))
-
+    sys.path.insert(0, str(ROOT / folder))
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 torch.backends.cudnn.allow_tf32 = False  # parity is asked for to more digits than TF32 has

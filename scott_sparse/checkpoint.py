@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import nn
 
 from scott_sparse.shapes import Tensor
+from scott_sparse.sharding import shard_like, whole, whole_state
 from scott_sparse.untrusted import read_json, read_tensors
 
 STATE = "state.json"
@@ -100,31 +101,41 @@ def read_state(path: Path, form: dict) -> dict:
 def load_checkpoint(path: Path, *, model: nn.Module, target: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's tensors in place. Raises ValueError where they do not fit."""
     for name, module in (("model", model), ("target", target)):
-        module.load_state_dict(read_tensors(path / f"{name}.safetensors", module.state_dict()))
+        place = module.state_dict()
+        tensors = read_tensors(path / f"{name}.safetensors", place)
+        module.load_state_dict({key: shard_like(tensor, place[key]) for key, tensor in tensors.items()})
     named = dict(model.named_parameters())
     like = {
-        f"{name}.{moment}": p.new_empty((), dtype=torch.float32) if moment == "step" else p
+        f"{name}.{moment}": torch.empty(()) if moment == "step" else p
         for name, p in named.items()
         for moment in MOMENTS
     }
     tensors = read_tensors(path / "optimizer.safetensors", like)
     names = {id(p): name for name, p in named.items()}
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    moments = {i: {moment: tensors[f"{name}.{moment}"] for moment in MOMENTS} for i, name in enumerate(order)}
+
+    def placed(name: str, moment: str) -> Tensor:
+        tensor = tensors[f"{name}.{moment}"]
+        return tensor if moment == "step" else shard_like(tensor, named[name])
+
+    moments = {i: {moment: placed(name, moment) for moment in MOMENTS} for i, name in enumerate(order)}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
 
 
 def tensors_of(
     *, model: nn.Module, target: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, dict[str, Tensor]]:
-    """What `save_checkpoint` writes; the moments of a parameter that had no gradient yet are zeros."""
+    """What `save_checkpoint` writes, whole tensors; the moments of a parameter that had no gradient yet are zeros.
+
+    All processes take part.
+    """
     moments = {}
     for name, p in model.named_parameters():
         of_parameter = optimizer.state.get(p)
         if of_parameter is None:
             of_parameter = {moment: torch.zeros(() if moment == "step" else p.shape) for moment in MOMENTS}
-        moments |= {f"{name}.{moment}": of_parameter[moment] for moment in MOMENTS}
-    return {"model": model.state_dict(), "target": target.state_dict(), "optimizer": moments}
+        moments |= {f"{name}.{moment}": whole(of_parameter[moment]) for moment in MOMENTS}
+    return {"model": whole_state(model), "target": target.state_dict(), "optimizer": moments}
 
 
 def prune(folder: Path, *, last: int, every: int | None) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from scott_sparse.shapes import Float, Tensor
+from scott_sparse.sharding import whole
 
 PATIENCE = 3  # reports without an improvement
 COLLAPSED = 1 / 4  # of the highest rank so far
@@ -73,8 +74,8 @@ def token_similarity(tokens: Float[Tensor, "n N D"]) -> float:
 
 
 def ema_distance(target: nn.Module, encoder: nn.Module) -> float:
-    """|target - encoder| / |encoder| over all parameters."""
-    ours, theirs = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (target, encoder))
+    """|target - encoder| / |encoder| over all parameters; all processes take part."""
+    ours, theirs = (torch.cat([whole(p.detach()).flatten() for p in m.parameters()]) for m in (target, encoder))
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from scott_sparse.crosscrop import Projector, invariance, sigreg, variance_covariance
 from scott_sparse.shapes import Bool, Float, Tensor
+from scott_sparse.sharding import whole
 from scott_sparse.vit import Encoder, EncoderConfig, Predictor, layer_norm
 
 
@@ -65,6 +66,8 @@ class MIMJEPA(nn.Module):
 
     One module, so that it is wrapped for distributed training once. The target encoder stays outside (`make_target`).
     """
+
+    _no_split_modules = ("Block",)  # what Accelerate shards together (FSDP2)
 
     def __init__(self, encoder: EncoderConfig, objective: ObjectiveConfig, *, engine: str = "auto"):
         super().__init__()
@@ -153,4 +156,4 @@ def target_features(target: Encoder, images: Float[Tensor, "B 3 H W"], *, blocks
 @torch.no_grad()
 def update_target(target: Encoder, encoder: Encoder, momentum: float) -> None:
     """target = momentum * target + (1 - momentum) * encoder, parameters only, after every optimizer step."""
-    torch._foreach_lerp_(list(target.parameters()), list(encoder.parameters()), 1 - momentum)
+    torch._foreach_lerp_(list(target.parameters()), [whole(p) for p in encoder.parameters()], 1 - momentum)

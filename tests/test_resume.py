@@ -137,18 +137,27 @@ def test_a_second_interrupt_ends_at_once(tmp_path, labelled, clean_environment):
         assert process.wait(10) == -signal.SIGINT
 
 
-@pytest.mark.parametrize("first", [1, 2])
-def test_on_another_number_of_processes(first, train, labelled, tmp_path, clean_environment):
-    """Told to stop through torchrun, gone on by one or two processes: the same run, to rounding."""
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+LAUNCHED = {  # processes, script, environment
+    "one": (1, "train/pretrain.py", {}),
+    "two": (2, "train/pretrain.py", {}),
+    "two, sharded": (2, "tests/sharded_on_cpu.py", SHARDED),
+}
+
+
+@pytest.mark.parametrize("first, then", [("two", "one"), ("one", "two, sharded"), ("two, sharded", "one")])
+def test_on_another_number_of_processes(first, then, train, labelled, tmp_path, clean_environment):
+    """Told to stop through torchrun, gone on by others, sharded or not: the same run, to rounding."""
     quiet = ("--dropout", "0", "--drop-path", "0", "--epochs", "12", "--save-every", "1000", "--lr", "3e-4")
     assert train("whole", *quiet)[0] is None
 
-    def launch(processes, wait):
+    def launch(how, wait):
+        processes, script, more = LAUNCHED[how]
         port = 29700 + os.getpid() % 200
-        command = ["torchrun", "--nproc_per_node", processes, "--master_port", port, "train/pretrain.py", *TINY, *quiet]
+        command = ["torchrun", "--nproc_per_node", processes, "--master_port", port, script, *TINY, *quiet]
         command += ["--data", labelled, "--cache-dir", tmp_path / "cache", "--out", tmp_path / "cut"]
         path = os.pathsep.join([os.path.dirname(sys.executable), clean_environment["PATH"]])
-        environment = {**clean_environment, "PATH": path}
+        environment = {**clean_environment, **more, "PATH": path}
         with subprocess.Popen(
             list(map(str, command)), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
         ) as it:
@@ -164,7 +173,7 @@ def test_on_another_number_of_processes(first, train, labelled, tmp_path, clean_
     code, said = launch(first, wait=True)
     (path,) = checkpoint.checkpoints(tmp_path / "cut" / "checkpoints")
     assert code != 0 and 0 < checkpoint.step_of(path) < 48, said
-    code, said = launch(3 - first, wait=False)
+    code, said = launch(then, wait=False)
     assert code == 0, said
     whole, cut = (what_it_learnt(tmp_path / name)[0] for name in ("whole", "cut"))
     assert len(cut) == len(whole) == 48

@@ -111,6 +111,7 @@ class OnlineReport:
         if self.losses:
             loss = self.accelerator.reduce(torch.stack(self.losses).nanmean(), "mean").item()
             loss = loss if math.isfinite(loss) else None
+        distance = ema_distance(self.target, self.encoder)
         if bank is None:
             return None
         knn = error = None
@@ -124,7 +125,7 @@ class OnlineReport:
             "lidar": lidar(views),
             "std": feature_std(bank.mean),
             "token_similarity": token_similarity(bank.tokens),
-            "ema_distance": ema_distance(self.target, self.encoder),
+            "ema_distance": distance,
         }
         numbers = {name: float(f"{number:.4g}") for name, number in numbers.items()}
         return Health(round(epoch, 3), loss, **numbers, knn=knn, knn_error=error)

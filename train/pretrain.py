@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from filelock import FileLock
 from log import METRICS, Log, NonFinite
 from online import Collapse, OnlineReport
@@ -41,6 +41,7 @@ from scott_sparse.jepa import make_target, target_features, update_target
 from scott_sparse.optimizer import adamw, set_schedules
 from scott_sparse.randomness import batch_indices, generator_at, seed_at
 from scott_sparse.shapes import Tensor
+from scott_sparse.sharding import whole, whole_state
 from scott_sparse.sparse import choose_engine
 from scott_sparse.views import make_views
 from scott_sparse.vit import Encoder
@@ -100,12 +101,14 @@ def main() -> None:
     except (Collapse, SaveFailed) as end:
         stop(str(end))
 
+    context = make_target(target)
+    context.load_state_dict(whole_state(run.model.encoder))
     device = accelerator.device
     knn = knn_report(data, initial.to(device), target, size=recipe.sides)
     if accelerator.is_main_process:
         with plain_errors():
             save_encoder(target, out)
-            save_encoder(run.model.encoder, out, weights="context")
+            save_encoder(context, out, weights="context")
             draw_tokens(out / "tokens.png", data, initial, target, recipe=recipe, device=device)
         summary = {
             "recipe": run.name,
@@ -157,6 +160,13 @@ def prepare(arguments: list[str]) -> Run:
         log_with=recipe.tracker,
         project_dir=out if recipe.tracker else None,
     )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise ValueError("parameters are sharded by FSDP2 only; use accelerate launch --use_fsdp --fsdp_version 2.")
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        # Parameters stay fp32: autocast does the rest, as it does on one process.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     console = Console(quiet=not accelerator.is_main_process)
     slices = accelerator.num_processes * recipe.accumulate
     if recipe.batch_size % slices:
@@ -251,11 +261,12 @@ def train(run: Run, target: Encoder) -> dict:
                 # 2. The context encoder sees what is visible, the predictor answers for what is hidden.
                 last = number == recipe.accumulate - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    terms = model(context, visible, targets, directions)
+                    with accelerator.autocast():
+                        terms = model(context, visible, targets, directions)
                     accelerator.backward(terms["loss"])
                 losses.append({key: value.detach() for key, value in terms.items()})
             # 3. Update, and let the target follow.
-            norm = accelerator.clip_grad_norm_(model.parameters(), recipe.clip or float("inf"))
+            norm = whole(accelerator.clip_grad_norm_(model.parameters(), recipe.clip or float("inf")))
             terms = {key: torch.stack([part[key] for part in losses]).mean() for key in losses[0]}
             found = nonfinite(accelerator, terms["loss"], norm)
             # Whoever wants to stop is told at the next line of the log; until then nothing more changes.

@@ -36,7 +36,7 @@ class Recipe:
     image_size: int | tuple[int, int] = 224
     """Side, or height and width, in pixels; multiples of the patch size."""
     size: str = "paper"
-    """demo, tiny, small, paper or base."""
+    """demo, tiny, small, paper, base or large."""
     tokenizer: Literal["scott", "patch"] = "scott"
     patch_size: int = 16
     stem_width: int = 64

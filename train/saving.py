@@ -224,11 +224,11 @@ class Saver:
         state |= {"recipe": as_json(self.recipe), "fingerprint": self.fingerprint}
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        failure = None
+        tensors, failure = tensors_of(**self.trained), None
         if self.accelerator.is_main_process:
             try:
                 log.write()
-                save_checkpoint(self.folder, done, tensors_of(**self.trained), state)
+                save_checkpoint(self.folder, done, tensors, state)
                 prune(self.folder, last=self.recipe.keep, every=self.recipe.keep_every)
             except OSError as error:
                 failure = f"step {done}: no checkpoint could be written ({error.strerror or error})"

@@ -96,13 +96,12 @@ class MIMJEPA(nn.Module):
         features = self.context_features(crops, seen)
         if self.predictor is not None:
             of_first = rearrange(features, "(b w) n d -> b w n d", b=len(images))[:, :masks].flatten(0, 1)
-            predictions = self.predictor(of_first, self.encoder.tokenizer.grid(crops))
-            hidden = ~visible[:, :masks].flatten(0, 1)
-            losses["mim"] = masked_smooth_l1(predictions, targets.repeat_interleave(masks, 0), hidden=hidden)
+            seen_first = visible[:, :masks].flatten(0, 1)
+            predictions = self.predictor(self.of_all(of_first, seen_first), self.encoder.tokenizer.grid(crops))
+            losses["mim"] = masked_smooth_l1(predictions, targets.repeat_interleave(masks, 0), hidden=~seen_first)
         if self.projector is not None:
-            weight = seen[..., None].to(features.dtype)
-            pooled = (features * weight).sum(1) / weight.sum(1)
-            embeddings = rearrange(self.projector(pooled), "(b w) e -> w b e", b=len(images)).float()
+            embeddings = self.projector(self.pooled(features, seen)).float()
+            embeddings = rearrange(embeddings, "(b w) e -> w b e", b=len(images))
             spread = [
                 sigreg(view, directions) if self.objective.spread == "sigreg" else variance_covariance(view)
                 for view in embeddings
@@ -121,13 +120,27 @@ class MIMJEPA(nn.Module):
             total = total + objective.invariance * term
         return total
 
-    def context_features(self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]) -> Tensor:
-        """What the predictor gets, (B, N, D): context features, with mask tokens before or after the encoder."""
+    def context_features(
+        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]
+    ) -> Float[Tensor, "B n D"]:
+        """Of all N patches, hidden ones as mask tokens (context 'all'), or of the V visible ones alone."""
         if self.objective.context == "all":
             return self.encoder(images, visible)
-        packed = self.encoder.forward_visible(images, visible)
-        features = self.encoder.mask_token.to(packed.dtype).repeat(*visible.shape, 1)
-        return features.masked_scatter(visible[..., None], packed)
+        return self.encoder.forward_visible(images, visible)
+
+    def of_all(self, features: Float[Tensor, "B n D"], visible: Bool[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
+        """What the predictor gets: context features, with mask tokens where the encoder had none."""
+        if self.objective.context == "all":
+            return features
+        mask_tokens = self.encoder.mask_token.to(features.dtype).repeat(*visible.shape, 1)
+        return mask_tokens.masked_scatter(visible[..., None], features)
+
+    def pooled(self, features: Float[Tensor, "B n D"], visible: Bool[Tensor, "B N"]) -> Float[Tensor, "B D"]:
+        """Mean of the context features of the visible patches."""
+        if self.objective.context == "visible":
+            return features.mean(1)
+        weight = visible[..., None].to(features.dtype)
+        return (features * weight).sum(1) / weight.sum(1)
 
 
 def masked_smooth_l1(

@@ -10,12 +10,11 @@ device multiplies fastest, and the way back is made of gathers alone.
 import itertools
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch.autograd.function import once_differentiable
 
 from scott_sparse.active import KERNEL, PADDING, REACH, ActivePatches
-from scott_sparse.dense import binomial
+from scott_sparse.dense import binomial, highest
 from scott_sparse.shapes import Float, Tensor
 
 
@@ -38,14 +37,14 @@ def max_blur_pool_tiles(x: Float[Tensor, "S s s C"], active: ActivePatches) -> F
     """`dense.max_blur_pool` of the zero-filled map at the active sites."""
     side, (h, w) = x.shape[1], active.grid
     tile = Halo.apply(x, active, 1, 1).permute(0, 3, 1, 2)
-    highest = F.max_pool2d(tile, 2, stride=1)  # sites -1 .. side-1 of the maximum map
+    maximum = highest(tile)  # sites -1 .. side-1 of the maximum map
     # What lies beyond the image's own maximum map is the blur's padding.
-    inside = x.new_ones(2, len(active), side + 1)
+    inside = maximum.new_ones(2, len(active), side + 1)
     for along, (at, end) in zip(inside, ((active.patch // w, h), (active.patch % w, w))):
         along[:, 0] = at > 0
         along[:, -1] = at < end - 1
-    highest = highest * (inside[0, :, :, None] * inside[1, :, None, :])[:, None]
-    return binomial(highest, padding=0).permute(0, 2, 3, 1)
+    maximum = maximum * (inside[0, :, :, None] * inside[1, :, None, :])[:, None]
+    return binomial(maximum, padding=0).permute(0, 2, 3, 1)
 
 
 class Halo(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch import nn
 
 from scott_sparse import sparse
 from scott_sparse.active import KERNEL, ActivePatches
-from scott_sparse.dense import dense_strided_conv, max_blur_pool, restrict
+from scott_sparse.dense import dense_strided_conv, hide, max_blur_pool, restrict
 from scott_sparse.shapes import Bool, Float, Int, Tensor
 from scott_sparse.tiles import max_blur_pool_tiles, strided_conv_tiles
 
@@ -136,7 +136,7 @@ class SparseTokenizer(Tokenizer):
         return x.flatten(0, 2)
 
     def _dense(self, images: Tensor, active: ActivePatches | None) -> Tensor:
-        x = restrict(images, active).contiguous(memory_format=torch.channels_last)
+        x = hide(images, active).contiguous(memory_format=torch.channels_last)
         for kernel, pool in zip(self.kernels, self.pools):
             x = F.relu(dense_strided_conv(x, kernel, active))
             if pool:

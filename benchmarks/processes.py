@@ -1,0 +1,93 @@
+"""Images per second of train/pretrain.py on one process and on several, and what that says of more.
+
+    python benchmarks/processes.py                                             # the demo, on CPU threads or GPUs
+    python benchmarks/processes.py --bandwidth 450 -- flowers102 --batch-size 256 --epochs 2
+
+It is the same run whatever the processes: they share the batch. Runs take turns; each CPU process has one thread. With
+--bandwidth, GB/s between processes as the vendor says it, 8 and 64 of them are estimated, each with a batch of its own:
+one process's step as measured, then the gradients' way round a ring, 2 (n - 1) / n times their bytes, nothing hidden
+behind the way back.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "train"))
+
+import recipes  # noqa: E402 - a neighbour of the scripts in train/
+
+from scott_sparse import MIMJEPA  # noqa: E402
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What follows after -- are arguments of train/pretrain.py."""
+
+    processes: tuple[int, ...] = (1, 2)
+    rounds: int = 3
+    bandwidth: float | None = None
+    """GB/s."""
+    json: Path | None = None
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    settings = tyro.cli(Settings, args=arguments[:split])
+    run = arguments[split + 1 :] or ["demo", "--epochs", "1"]
+    _, recipe = recipes.parse(run)
+    rates = {count: [] for count in settings.processes}
+    for _ in range(settings.rounds):
+        for count in rates:
+            rates[count].append(images_per_second(run, count))
+    sent = 4 * sum(p.numel() for p in MIMJEPA(recipe.encoder, recipe.objective).parameters() if p.requires_grad)
+    first = rates[settings.processes[0]]
+    found = {
+        "arguments": run,
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+        "bytes_per_step": sent,
+        "images_per_second": rates,
+        "ratio": {count: [rate / one for one, rate in zip(first, of_count)] for count, of_count in rates.items()},
+    }
+    table = Table(title=f"{' '.join(run)}: gradients of {sent / 1e6:.1f} MB a step")
+    for column in ("processes", "images/s", "lowest - highest", f"x {settings.processes[0]}"):
+        table.add_column(column, justify="right")
+    for count, of_count in rates.items():
+        low, high, ratio = min(of_count), max(of_count), statistics.median(found["ratio"][count])
+        table.add_row(str(count), f"{statistics.median(of_count):.1f}", f"{low:.1f} - {high:.1f}", f"{ratio:.2f}")
+    if settings.bandwidth and 1 in rates:
+        seconds = recipe.batch_size / statistics.median(rates[1])
+        for count in (8, 64):
+            step = seconds + 2 * (count - 1) / count * sent / (1e9 * settings.bandwidth)
+            table.add_row(
+                f"{count}, estimated", f"{count * recipe.batch_size / step:.0f}", "", f"{count * seconds / step:.1f}"
+            )
+    Console(width=100).print(table)
+    if settings.json:
+        settings.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def images_per_second(run: list[str], processes: int) -> float:
+    """Of training, its first steps and reports included; start and final table not."""
+    with tempfile.TemporaryDirectory() as folder:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [*launch, str(ROOT / "train" / "pretrain.py"), *run, "--report-every", "0", "--out", f"{folder}/run"]
+        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+        return json.loads(Path(folder, "run", "summary.json").read_text())["images_per_second"]
+
+
+if __name__ == "__main__":
+    main()

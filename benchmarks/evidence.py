@@ -94,6 +94,9 @@ CELLS = {
     "cross-crop term x 3": Cell(("--invariance", "3")),
     "crops from .5": Cell(("--crop-scale", "0.5", "1.0")),
     "drop path .1": Cell(("--drop-path", "0.1")),
+    "no colours": Cell(("--colour", "0")),
+    "the paper's colours": Cell(tuple("--colour .6 --jitter .4 .4 .2 .1 --jitter-p .8 --grey .1".split())),
+    "two crops": Cell(("--crops", "2")),
     "two masks per crop": Cell(("--masks", "2")),
     "four crops, hide .75": Cell(("--crops", "4", "--hide-ratio", "0.75")),
     "four crops": Cell(("--crops", "4")),
@@ -103,6 +106,7 @@ EQUAL_SECONDS = (
     "context all",
     "hide .75",
     "two masks per crop",
+    "two crops",
     "four crops",
     "four crops, hide .75",
 )
@@ -196,7 +200,8 @@ def run_cell(bench: Bench, name: str, seed: int, length: float) -> dict:
         row |= {f"{probe_name}_choice": probe.settings[choice]}
     row |= {key: told.get(key) for key in ("train_seconds", "steps", "own_test")}
     shutil.rmtree(out)
-    return {**row, "flags": cell.flags, "length": length, "commit": protocol.commit(), "torch": torch.__version__}
+    row |= {"flags": cell.flags, "length": length, "precision": run.accelerator.mixed_precision}
+    return {**row, "commit": protocol.commit(), "torch": torch.__version__}
 
 
 def probes(fit: Features, labels: Tensor, classes: int) -> dict[str, KNNProbe | LinearProbe]:

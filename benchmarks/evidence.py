@@ -95,7 +95,9 @@ CELLS = {
     "crops from .5": Cell(("--crop-scale", "0.5", "1.0")),
     "drop path .1": Cell(("--drop-path", "0.1")),
     "no colours": Cell(("--colour", "0")),
-    "the paper's colours": Cell(tuple("--colour .6 --jitter .4 .4 .2 .1 --jitter-p .8 --grey .1".split())),
+    "the paper's colours": Cell(
+        ("--colour", ".6", "--jitter", ".4", ".4", ".2", ".1", "--jitter-p", ".8", "--grey", ".1")
+    ),
     "two crops": Cell(("--crops", "2")),
     "two masks per crop": Cell(("--masks", "2")),
     "four crops, hide .75": Cell(("--crops", "4", "--hide-ratio", "0.75")),

@@ -36,7 +36,7 @@ from saving import RESUME_ME  # noqa: E402
 
 from scott_sparse import checkpoint  # noqa: E402
 
-TINY = ["small-data", "--size", "demo", "--stem-width", "8", "--image-size", "32", "--batch-size", "8"]
+TINY = ["small-data", "--crops", "2", "--size", "demo", "--stem-width", "8", "--image-size", "32", "--batch-size", "8"]
 TINY += ["--log-every", "3", "--epochs", "12", "--report-every", "3", "--save-every", "4", "--dropout", "0.1"]
 STEPS = 48
 fork = multiprocessing.get_context("fork")

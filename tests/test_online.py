@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-TINY = ["small-data", "--size", "demo", "--stem-width", "8", "--image-size", "32", "--batch-size", "8"]
+TINY = ["small-data", "--crops", "2", "--size", "demo", "--stem-width", "8", "--image-size", "32", "--batch-size", "8"]
 
 
 @pytest.fixture

@@ -24,6 +24,10 @@ from scott_sparse import checkpoint
 
 TINY = [
     "small-data",
+    "--crops",
+    "2",
+    "--colour",
+    "0.6",
     "--size",
     "demo",
     "--stem-width",

@@ -115,9 +115,6 @@ EQUAL_SECONDS = (
 CELLS |= {f"{name}, equal seconds": Cell(CELLS[name].flags, seconds_of=name) for name in EQUAL_SECONDS}
 
 
-RECIPES = {"petals": ["demo", "--crops", "2"]}  # its cells were run before the demo had four
-
-
 @dataclasses.dataclass(frozen=True)
 class Bench:
     data: tyro.conf.Positional[str]
@@ -185,7 +182,7 @@ def run_cell(bench: Bench, name: str, seed: int, length: float) -> dict:
     """Train a cell as train/pretrain.py does, and ask its frozen features what eval/ asks."""
     cell = CELLS[name]
     out = Path("runs/evidence", re.sub(r"[^\w.-]+", "-", f"{bench.label}-{seed}-{name}"))
-    flags = [*RECIPES.get(bench.data, ["small-data"]), "--data", bench.data, "--seed", seed, "--out", out]
+    flags = ["demo" if bench.data == "petals" else "small-data", "--data", bench.data, "--seed", seed, "--out", out]
     flags += ["--epochs", bench.epochs * length, "--batch-size", bench.batch_size, "--report-every", 0, "--overwrite"]
     flags += ["--cache-dir", CACHE, *cell.flags]
     run = pretrain.prepare([str(flag) for flag in flags])

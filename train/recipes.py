@@ -201,7 +201,7 @@ DEMO = dataclasses.replace(
     source=DataConfig(data="petals"),
     image_size=48,
     hide_ratio=0.4,
-    views=ViewConfig(crops=4, crop_scale=(0.7, 1.0), colour=1.0, jitter=(0.6, 0.6, 0.6, 0.5), jitter_p=1.0, grey=0.3),
+    views=ViewConfig(crops=2, crop_scale=(0.7, 1.0), colour=1.0, jitter=(0.6, 0.6, 0.6, 0.5), jitter_p=1.0, grey=0.3),
     epochs=10,
     report_every=2,
 )

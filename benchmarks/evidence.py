@@ -94,7 +94,6 @@ CELLS = {
     "cross-crop term x 3": Cell(("--invariance", "3")),
     "crops from .5": Cell(("--crop-scale", "0.5", "1.0")),
     "drop path .1": Cell(("--drop-path", "0.1")),
-    "no colours": Cell(("--colour", "0")),
     "the paper's colours": Cell(
         ("--colour", ".6", "--jitter", ".4", ".4", ".2", ".1", "--jitter-p", ".8", "--grey", ".1")
     ),

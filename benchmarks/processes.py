@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def images_per_second(run: list[str], processes: int) -> float:
-    """Of training, its first steps and reports included; start and final table not."""
+    """Of training without reports, its first steps included; start and final table not."""
     with tempfile.TemporaryDirectory() as folder:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [*launch, str(ROOT / "train" / "pretrain.py"), *run, "--report-every", "0", "--out", f"{folder}/run"]

@@ -261,7 +261,7 @@ def train(run: Run, target: Encoder) -> dict:
                 # 2. The context encoder sees what is visible, the predictor answers for what is hidden.
                 last = number == recipe.accumulate - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    with accelerator.autocast():
+                    with accelerator.autocast():  # Accelerate wraps the model in it, but not one that is sharded
                         terms = model(context, visible, targets, directions)
                     accelerator.backward(terms["loss"])
                 losses.append({key: value.detach() for key, value in terms.items()})

@@ -1,8 +1,8 @@
 """The cross-crop term: views of one image should say the same, and embeddings of all images must not.
 
 Not in the paper; the named option of `ObjectiveConfig.invariance`. What keeps the embeddings from collapsing is SIGReg
-(LeJEPA, arXiv 2511.08544) or variance and covariance (VICReg, arXiv 2105.04906). Every average is one over the global
-batch, so that any number of processes has the same loss.
+(LeJEPA, arXiv 2511.08544), variance and covariance (VICReg, arXiv 2105.04906), or contrast with the other images of the
+batch. Every average is one over the global batch, so that any number of processes has the same loss.
 """
 
 import torch
@@ -89,3 +89,31 @@ def variance_covariance(embeddings: Float[Tensor, "B E"]) -> Float[Tensor, ""]:
     deviation = (covariance.diagonal() + 1e-4).sqrt()
     off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()
     return F.relu(1 - deviation).mean() + off_diagonal / len(covariance) / 25
+
+
+def contrast(embeddings: Float[Tensor, "V B E"], *, temperature: float) -> Float[Tensor, ""]:
+    """Each view must pick every other view of its image from among all views of all other images, by cosine.
+
+    SimCLR's NT-Xent (arXiv 2002.05709, eq. 1) for each of the V - 1 positives of a view in turn, averaged: minus the
+    log of the softmax of cosine / temperature over that positive and all negatives.
+    """
+    views, images, _ = embeddings.shape
+    with torch.autocast(embeddings.device.type, enabled=False):  # bf16 would round the cosines to three digits
+        own = F.normalize(embeddings.float(), dim=-1)
+        everyone, first = _of_all_processes(own)
+        scores = torch.einsum("vbe,wce->vbwc", own, everyone) / temperature
+    same_image = torch.zeros(scores.shape[1::2], dtype=torch.bool, device=scores.device)
+    same_image[torch.arange(images), first + torch.arange(images)] = True
+    negatives = scores.masked_fill(same_image[:, None], -torch.inf).logsumexp((2, 3))
+    positives = scores[:, same_image[:, None].expand(-1, views, -1)].view(views, images, views)
+    cost = torch.logaddexp(positives, negatives[..., None]) - positives
+    return cost[~torch.eye(views, dtype=torch.bool, device=cost.device)[:, None].expand_as(cost)].mean()
+
+
+def _of_all_processes(own: Float[Tensor, "V b E"]) -> tuple[Float[Tensor, "V B E"], int]:
+    """The views of the global batch, with their gradient, and where this process's images start in it."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return own, 0
+    first = torch.distributed.get_rank() * own.shape[1]
+    after = (torch.distributed.get_world_size() - 1) * own.shape[1] - first
+    return _AllReduce.apply(F.pad(own, (0, 0, first, after))), first

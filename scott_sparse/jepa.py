@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from scott_sparse.crosscrop import Projector, invariance, sigreg, variance_covariance
+from scott_sparse.crosscrop import Projector, contrast, invariance, sigreg, variance_covariance
 from scott_sparse.shapes import Bool, Float, Tensor
 from scott_sparse.sharding import whole
 from scott_sparse.vit import Encoder, EncoderConfig, Predictor, layer_norm
@@ -32,10 +32,12 @@ class ObjectiveConfig:
     """'all': mask tokens in the context encoder, as published. 'visible': packed visible tokens only."""
     invariance: float = 0.0
     """Weight of the cross-crop term beside MIM-JEPA; 0 is the published objective."""
-    spread: Literal["sigreg", "vicreg"] = "sigreg"
-    """What keeps the cross-crop term from collapsing."""
+    spread: Literal["sigreg", "vicreg", "contrast"] = "sigreg"
+    """What keeps the cross-crop term from collapsing; 'contrast' is agreement and spread in one."""
     spread_share: float = 0.05
-    """Its share within the cross-crop term."""
+    """Of SIGReg or VICReg, within the cross-crop term."""
+    temperature: float = 0.2
+    """Of contrast."""
     projector: tuple[int, int] = (512, 64)
     directions: int = 256
     """Of SIGReg, at each step."""
@@ -52,13 +54,15 @@ class ObjectiveConfig:
                 f"mim {self.mim:g} and invariance {self.invariance:g} must not be negative, nor both be 0: "
                 "they are the weights of the loss."
             )
+        if not self.temperature > 0:
+            raise ValueError(f"temperature {self.temperature} must be positive.")
         if self.target_blocks < 1:
             raise ValueError(f"target_blocks is {self.target_blocks}; expected 1 or more.")
 
     @property
     def terms(self) -> tuple[str, ...]:
-        spread = {"sigreg": "SIGReg", "vicreg": "VICReg"}[self.spread]
-        return ("MIM-JEPA",) * (self.mim > 0) + ("invariance", spread) * (self.invariance > 0)
+        names = {"sigreg": ("invariance", "SIGReg"), "vicreg": ("invariance", "VICReg"), "contrast": ("contrast",)}
+        return ("MIM-JEPA",) * (self.mim > 0) + names[self.spread] * (self.invariance > 0)
 
 
 class MIMJEPA(nn.Module):
@@ -101,22 +105,35 @@ class MIMJEPA(nn.Module):
             losses["mim"] = masked_smooth_l1(predictions, targets.repeat_interleave(masks, 0), hidden=~seen_first)
         if self.projector is not None:
             embeddings = self.projector(self.pooled(features, seen)).float()
-            embeddings = rearrange(embeddings, "(b w) e -> w b e", b=len(images))
-            spread = [
-                sigreg(view, directions) if self.objective.spread == "sigreg" else variance_covariance(view)
-                for view in embeddings
-            ]
-            losses["invariance"], losses[self.objective.spread] = invariance(embeddings), torch.stack(spread).mean()
+            losses |= self.cross_crop(rearrange(embeddings, "(b w) e -> w b e", b=len(images)), directions)
         return {**losses, "loss": self.total(losses)}
 
+    def cross_crop(
+        self, embeddings: Float[Tensor, "V B E"], directions: Float[Tensor, "E M"] | None
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The terms that compare the views of an image, by name."""
+        if self.objective.spread == "contrast":
+            return {"contrast": contrast(embeddings, temperature=self.objective.temperature)}
+        if self.objective.spread == "sigreg":
+            spread = [sigreg(view, directions) for view in embeddings]
+        else:
+            spread = [variance_covariance(view) for view in embeddings]
+        return {"invariance": invariance(embeddings), self.objective.spread: torch.stack(spread).mean()}
+
     def total(self, losses: dict[str, Tensor]) -> Float[Tensor, ""]:
-        """mim * MIM-JEPA + invariance * ((1 - spread_share) * cross-crop invariance + spread_share * SIGReg)."""
+        """mim * MIM-JEPA + invariance * ((1 - spread_share) * cross-crop invariance + spread_share * SIGReg).
+
+        With contrast: mim * MIM-JEPA + invariance * contrast.
+        """
         objective, total = self.objective, 0.0
         if self.predictor is not None:
             total = total + objective.mim * losses["mim"]
         if self.projector is not None:
             share = objective.spread_share
-            term = (1 - share) * losses["invariance"] + share * losses[objective.spread]
+            if objective.spread == "contrast":
+                term = losses["contrast"]
+            else:
+                term = (1 - share) * losses["invariance"] + share * losses[objective.spread]
             total = total + objective.invariance * term
         return total
 

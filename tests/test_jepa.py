@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from step import attention_by_einsum
 
 from scott_sparse import MIMJEPA, SIZES, Encoder, EncoderConfig, ObjectiveConfig, draw_visible
-from scott_sparse.crosscrop import draw_directions, invariance, sigreg, variance_covariance
+from scott_sparse.crosscrop import contrast, draw_directions, invariance, sigreg, variance_covariance
 from scott_sparse.jepa import make_target, masked_smooth_l1, target_features, update_target
 from scott_sparse.optimizer import adamw
 from scott_sparse.vit import Attention, layer_norm, positions
@@ -215,6 +215,34 @@ def test_variance_covariance_by_hand():
     assert variance_covariance(0.5 * z.float()).item() == pytest.approx(0.5, abs=1e-3)
     copied = torch.cat([z[:, :5], z[:, :1]], dim=1).float()
     assert variance_covariance(copied).item() == pytest.approx(2 / 6 / 25, abs=1e-3)
+
+
+def test_contrast_is_a_sum_over_pairs():
+    """Against loops over anchors, positives and negatives; and what agreement and collapse cost."""
+    embeddings = torch.randn(3, 5, 8)
+    z, costs = torch.nn.functional.normalize(embeddings.double(), dim=-1) / 0.2**0.5, []
+    for v, b, w in itertools.product(range(3), range(5), range(3)):
+        if v != w:
+            others = sum((z[v, b] @ z[u, c]).exp() for u in range(3) for c in range(5) if c != b)
+            positive = (z[v, b] @ z[w, b]).exp()
+            costs.append(-(positive / (positive + others)).log())
+    cost = contrast(embeddings, temperature=0.2)
+    assert cost.item() == pytest.approx(torch.stack(costs).mean().item(), rel=1e-5)
+    assert contrast(embeddings[:1].repeat(3, 1, 1), temperature=0.2) < cost
+    collapsed = contrast(torch.ones(3, 5, 8), temperature=0.2)
+    assert collapsed.item() == pytest.approx(math.log(1 + 3 * 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert contrast(embeddings, temperature=0.2) == cost
+
+
+@pytest.mark.parametrize("context", ["all", "visible"])
+def test_contrast_is_one_term(context):
+    objective = dataclasses.replace(BESIDE, context=context, spread="contrast", mim=0.5, invariance=2.0)
+    model, found = losses(objective=objective)
+    assert set(found) == {"mim", "contrast", "loss"} and objective.terms == ("MIM-JEPA", "contrast")
+    assert found["loss"].item() == pytest.approx((0.5 * found["mim"] + 2.0 * found["contrast"]).item())
+    found["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_the_target_may_be_a_mean_of_blocks():

@@ -136,16 +136,18 @@ def test_precision_and_compilation(flags, labelled, tmp_path, clean_environment)
     assert summary["loss"]["last"] > 0
 
 
-def test_two_processes_train_the_same_run(labelled, tmp_path, clean_environment):
+@pytest.mark.parametrize("spread", ["sigreg", "contrast"])
+def test_two_processes_train_the_same_run(spread, labelled, tmp_path, clean_environment):
     curves = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
         arguments = [*TINY, "--data", labelled, "--out", out, "--epochs", 5, "--warmup-epochs", 1]
+        arguments += ["--spread", spread]
         launcher = ["torchrun", "--nproc_per_node", processes, "--master_port", 29500 + os.getpid() % 1000]
         result = command([*launcher, "train/pretrain.py", *arguments], clean_environment)
         assert result.returncode == 0, result.stderr
         assert json.loads((out / "summary.json").read_text())["processes"] == processes
-        curves.append([[line[key] for key in ("loss", "mim", "sigreg")] for line in metrics(out)])
+        curves.append([[line[key] for key in ("loss", "mim", spread)] for line in metrics(out)])
     assert len(curves[0]) == 10
     for one, two in zip(*curves):
         assert two == pytest.approx(one, rel=1e-4)
@@ -164,6 +166,8 @@ MISTAKES = {
     "batch size": (["--batch-size", "6000"], "batch_size 6000 is larger than the data set (5000 images"),
     "accumulate": (["--accumulate", "7"], "does not divide"),
     "one crop": (["--crops", "1"], "invariance compares views of one image"),
+    "one image": (["--spread", "contrast", "--batch-size", "1"], "contrast needs other images, got batch_size 1"),
+    "temperature": (["--temperature", "0"], "temperature 0.0 must be positive"),
     "not a number": (["--epochs", "many"], "--epochs"),
     "crop scale": (["--crop-scale", "0.5", "2.0"], "crop_scale is (0.5, 2.0)"),
     "workers": (["--workers", "-1"], "workers -1 must be 0 or more"),

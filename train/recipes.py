@@ -131,6 +131,8 @@ class Recipe:
         visible_count(self.grid[0] * self.grid[1], self.hide_ratio)
         if self.objective.invariance and self.views.crops * self.masks < 2:
             raise ValueError(f"invariance compares views of one image, got crops {self.views.crops}; use --crops 2.")
+        if self.objective.spread == "contrast" and self.batch_size < 2 * self.accumulate:
+            raise ValueError(f"contrast needs other images, got batch_size {self.batch_size}; use 2 or more at a time.")
 
     @property
     def sides(self) -> tuple[int, int]:

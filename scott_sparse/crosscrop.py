@@ -34,9 +34,11 @@ class Projector(nn.Module):
 
 def mean_over_processes(values: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """Mean of a tensor over all processes, with its gradient: averages over the global batch, of equal shares."""
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        return _AllReduce.apply(values) / torch.distributed.get_world_size()
-    return values
+    return _AllReduce.apply(values) / _processes() if _processes() > 1 else values
+
+
+def _processes() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 class _AllReduce(torch.autograd.Function):
@@ -70,7 +72,7 @@ def sigreg(embeddings: Float[Tensor, "B E"], directions: Float[Tensor, "E M"]) -
     knots = torch.linspace(0, 4, 17, device=embeddings.device)
     angles = (embeddings @ directions)[..., None] * knots
     phi = mean_over_processes(torch.stack([angles.cos().mean(0), angles.sin().mean(0)]))
-    count = len(embeddings) * (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
+    count = len(embeddings) * _processes()
     gauss = torch.exp(-knots.square() / 2)
     error = (phi[0] - gauss).square() + phi[1].square()
     return 2 * count * torch.trapezoid(error * gauss, knots, dim=-1).mean()
@@ -102,18 +104,19 @@ def contrast(embeddings: Float[Tensor, "V B E"], *, temperature: float) -> Float
         own = F.normalize(embeddings.float(), dim=-1)
         everyone, first = _of_all_processes(own)
         scores = torch.einsum("vbe,wce->vbwc", own, everyone) / temperature
-    same_image = torch.zeros(scores.shape[1::2], dtype=torch.bool, device=scores.device)
-    same_image[torch.arange(images), first + torch.arange(images)] = True
-    negatives = scores.masked_fill(same_image[:, None], -torch.inf).logsumexp((2, 3))
-    positives = scores[:, same_image[:, None].expand(-1, views, -1)].view(views, images, views)
-    cost = torch.logaddexp(positives, negatives[..., None]) - positives
-    return cost[~torch.eye(views, dtype=torch.bool, device=cost.device)[:, None].expand_as(cost)].mean()
+    # No index by a mask: a GPU would have to be waited for.
+    same_image = torch.ones(scores.shape[1::2], dtype=torch.bool, device=scores.device).tril(first).triu(first)
+    negatives = scores.masked_fill(same_image[:, None], -torch.inf).logsumexp((2, 3))  # (V, b)
+    positives = scores.diagonal(first, dim1=1, dim2=3)  # (V, V, b)
+    itself = torch.eye(views, dtype=torch.bool, device=scores.device)[..., None]
+    cost = torch.logaddexp(positives, negatives[:, None]) - positives
+    return cost.masked_fill(itself, 0).sum() / (views * (views - 1) * images)
 
 
 def _of_all_processes(own: Float[Tensor, "V b E"]) -> tuple[Float[Tensor, "V B E"], int]:
     """The views of the global batch, with their gradient, and where this process's images start in it."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+    if _processes() == 1:
         return own, 0
     first = torch.distributed.get_rank() * own.shape[1]
-    after = (torch.distributed.get_world_size() - 1) * own.shape[1] - first
+    after = (_processes() - 1) * own.shape[1] - first
     return _AllReduce.apply(F.pad(own, (0, 0, first, after))), first

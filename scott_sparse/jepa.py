@@ -60,9 +60,24 @@ class ObjectiveConfig:
             raise ValueError(f"target_blocks is {self.target_blocks}; expected 1 or more.")
 
     @property
+    def weights(self) -> dict[str, float]:
+        """Of each term in the loss, by name.
+
+        mim * MIM-JEPA + invariance * ((1 - spread_share) * cross-crop invariance + spread_share * SIGReg or VICReg), or
+        mim * MIM-JEPA + invariance * contrast.
+        """
+        weights = {"mim": self.mim} if self.mim else {}
+        if self.invariance and self.spread == "contrast":
+            weights["contrast"] = self.invariance
+        elif self.invariance:
+            weights["invariance"] = self.invariance * (1 - self.spread_share)
+            weights[self.spread] = self.invariance * self.spread_share
+        return weights
+
+    @property
     def terms(self) -> tuple[str, ...]:
-        names = {"sigreg": ("invariance", "SIGReg"), "vicreg": ("invariance", "VICReg"), "contrast": ("contrast",)}
-        return ("MIM-JEPA",) * (self.mim > 0) + names[self.spread] * (self.invariance > 0)
+        written = {"mim": "MIM-JEPA", "sigreg": "SIGReg", "vicreg": "VICReg"}
+        return tuple(written.get(name, name) for name in self.weights)
 
 
 class MIMJEPA(nn.Module):
@@ -106,7 +121,7 @@ class MIMJEPA(nn.Module):
         if self.projector is not None:
             embeddings = self.projector(self.pooled(features, seen)).float()
             losses |= self.cross_crop(rearrange(embeddings, "(b w) e -> w b e", b=len(images)), directions)
-        return {**losses, "loss": self.total(losses)}
+        return {**losses, "loss": sum(weight * losses[name] for name, weight in self.objective.weights.items())}
 
     def cross_crop(
         self, embeddings: Float[Tensor, "V B E"], directions: Float[Tensor, "E M"] | None
@@ -119,23 +134,6 @@ class MIMJEPA(nn.Module):
         else:
             spread = [variance_covariance(view) for view in embeddings]
         return {"invariance": invariance(embeddings), self.objective.spread: torch.stack(spread).mean()}
-
-    def total(self, losses: dict[str, Tensor]) -> Float[Tensor, ""]:
-        """mim * MIM-JEPA + invariance * ((1 - spread_share) * cross-crop invariance + spread_share * SIGReg).
-
-        With contrast: mim * MIM-JEPA + invariance * contrast.
-        """
-        objective, total = self.objective, 0.0
-        if self.predictor is not None:
-            total = total + objective.mim * losses["mim"]
-        if self.projector is not None:
-            share = objective.spread_share
-            if objective.spread == "contrast":
-                term = losses["contrast"]
-            else:
-                term = (1 - share) * losses["invariance"] + share * losses[objective.spread]
-            total = total + objective.invariance * term
-        return total
 
     def context_features(
         self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]

@@ -58,60 +58,47 @@ class Cell:
     how: str = "pretrained"
 
 
-def mim(*flags: str) -> Cell:
-    """The published objective alone, on one crop of each image."""
-    return Cell(("--invariance", "0", "--crops", "1", *flags))
-
-
+# One part of the recipe each.
+PARTS = {
+    "without MIM-JEPA": ("--mim", "0"),
+    "patch embedding": ("--tokenizer", "patch"),
+    "context all": ("--context", "all"),
+    "uniform masks": ("--mask", "uniform"),
+    "hide .25": ("--hide-ratio", "0.25"),
+    "hide .4": ("--hide-ratio", "0.4"),
+    "hide .6": ("--hide-ratio", "0.6"),
+    "hide .75": ("--hide-ratio", "0.75"),
+    "EMA .996 to 1": ("--momentum", "0.996", "1.0"),
+    "lr / 2": ("--lr", "0.0015"),
+    "lr / 4": ("--lr", "0.00075"),
+    "batches of 64": ("--batch-size", "64"),
+    "predictor depth 3": ("--predictor-depth", "3"),
+    "target mean of 3 blocks": ("--target-blocks", "3"),
+    "crops from .5": ("--crop-scale", "0.5", "1.0"),
+    "drop path .1": ("--drop-path", "0.1"),
+    "the paper's colours": ("--colour", ".6", "--jitter", ".4", ".4", ".2", ".1", "--jitter-p", ".8", "--grey", ".1"),
+    "two crops": ("--crops", "2"),
+    "two masks per crop": ("--masks", "2"),
+    "four crops, hide .75": ("--crops", "4", "--hide-ratio", "0.75"),
+    "four crops": ("--crops", "4"),
+}
+PUBLISHED = ("--invariance", "0", "--crops", "1")
+SIGREG = ("--spread", "sigreg", "--invariance", "1")  # the recipe before it had contrast
 CELLS = {
     "pixels": Cell(how="pixels"),
     "random init": Cell(how="random"),
     "supervised from scratch": Cell(how="supervised"),
     "the recipe": Cell(),
-    "without MIM-JEPA": Cell(("--mim", "0")),
-    "without the cross-crop term": mim(),
-    "MIM-JEPA alone, patch embedding": mim("--tokenizer", "patch"),
-    "MIM-JEPA alone, context all": mim("--context", "all"),
-    "MIM-JEPA alone, uniform masks": mim("--mask", "uniform"),
-    "MIM-JEPA alone, hide .4": mim("--hide-ratio", "0.4"),
-    "MIM-JEPA alone, hide .6": mim("--hide-ratio", "0.6"),
-    "MIM-JEPA alone, hide .75": mim("--hide-ratio", "0.75"),
-    "MIM-JEPA alone, EMA .996 to 1": mim("--momentum", "0.996", "1.0"),
-    "MIM-JEPA alone, lr / 4": mim("--lr", "0.00075"),
-    "MIM-JEPA alone, predictor depth 3": mim("--predictor-depth", "3"),
-    "MIM-JEPA alone, target mean of 3 blocks": mim("--target-blocks", "3"),
-    "patch embedding": Cell(("--tokenizer", "patch")),
-    "context all": Cell(("--context", "all")),
-    "uniform masks": Cell(("--mask", "uniform")),
-    "hide .25": Cell(("--hide-ratio", "0.25")),
-    "hide .75": Cell(("--hide-ratio", "0.75")),
-    "EMA .996 to 1": Cell(("--momentum", "0.996", "1.0")),
-    "lr / 2": Cell(("--lr", "0.0015")),
-    "batches of 64": Cell(("--batch-size", "64")),
-    "predictor depth 3": Cell(("--predictor-depth", "3")),
-    "target mean of 3 blocks": Cell(("--target-blocks", "3")),
-    "VICReg for SIGReg": Cell(("--spread", "vicreg", "--spread-share", "0.5")),
-    "cross-crop term x 3": Cell(("--invariance", "3")),
-    "crops from .5": Cell(("--crop-scale", "0.5", "1.0")),
-    "drop path .1": Cell(("--drop-path", "0.1")),
-    "the paper's colours": Cell(
-        ("--colour", ".6", "--jitter", ".4", ".4", ".2", ".1", "--jitter-p", ".8", "--grey", ".1")
-    ),
-    "two crops": Cell(("--crops", "2")),
-    "two masks per crop": Cell(("--masks", "2")),
-    "four crops, hide .75": Cell(("--crops", "4", "--hide-ratio", "0.75")),
-    "four crops": Cell(("--crops", "4")),
+    **{name: Cell(part) for name, part in PARTS.items()},
+    "MIM-JEPA alone": Cell(PUBLISHED),
+    "SIGReg": Cell(SIGREG),
+    "SIGReg, weight 3": Cell((*SIGREG[:-1], "3")),
+    "VICReg": Cell(("--spread", "vicreg", "--invariance", "1", "--spread-share", "0.5")),
 }
-EQUAL_SECONDS = (
-    "without MIM-JEPA",
-    "context all",
-    "hide .75",
-    "two masks per crop",
-    "two crops",
-    "four crops",
-    "four crops, hide .75",
-)
-CELLS |= {f"{name}, equal seconds": Cell(CELLS[name].flags, seconds_of=name) for name in EQUAL_SECONDS}
+DEFAULT = tuple(CELLS)
+CELLS |= {f"MIM-JEPA alone, {name}": Cell((*PUBLISHED, *part)) for name, part in PARTS.items()}
+CELLS |= {f"SIGReg, {name}": Cell((*SIGREG, *part)) for name, part in PARTS.items()}
+CELLS |= {f"{name}, equal seconds": Cell(cell.flags, seconds_of=name) for name, cell in CELLS.items() if cell.flags}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +109,9 @@ class Bench:
     batch_size: int = 32
     """Smaller than the recipes': what is short needs steps. Rates follow."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    only: tuple[str, ...] = ()
-    """Cells by name; default all."""
+    only: tuple[str, ...] = DEFAULT
+    """Cells by name; all that there are: each part also with the published objective alone or with SIGReg, and each
+    cell "..., equal seconds"."""
     jobs: int = 2
 
     @property
@@ -139,7 +127,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started below
     for seed in bench.seeds:
         for by_seconds in (False, True):  # these last, as they need the seconds of the others
-            names = [name for name in bench.only or CELLS if bool(CELLS[name].seconds_of) == by_seconds]
+            names = [name for name in bench.only if bool(CELLS[name].seconds_of) == by_seconds]
             run_cells(bench, names, seed)
     rows = read(bench)
     if not rows:

@@ -32,12 +32,12 @@ class ObjectiveConfig:
     """'all': mask tokens in the context encoder, as published. 'visible': packed visible tokens only."""
     invariance: float = 0.0
     """Weight of the cross-crop term beside MIM-JEPA; 0 is the published objective."""
-    spread: Literal["sigreg", "vicreg", "contrast"] = "sigreg"
+    spread: Literal["contrast", "sigreg", "vicreg"] = "contrast"
     """What keeps the cross-crop term from collapsing; 'contrast' is agreement and spread in one."""
-    spread_share: float = 0.05
-    """Of SIGReg or VICReg, within the cross-crop term."""
     temperature: float = 0.2
     """Of contrast."""
+    spread_share: float = 0.05
+    """Of SIGReg or VICReg, within the cross-crop term."""
     projector: tuple[int, int] = (512, 64)
     directions: int = 256
     """Of SIGReg, at each step."""
@@ -63,8 +63,8 @@ class ObjectiveConfig:
     def weights(self) -> dict[str, float]:
         """Of each term in the loss, by name.
 
-        mim * MIM-JEPA + invariance * ((1 - spread_share) * cross-crop invariance + spread_share * SIGReg or VICReg), or
-        mim * MIM-JEPA + invariance * contrast.
+        mim * MIM-JEPA + invariance * contrast, or
+        mim * MIM-JEPA + invariance * ((1 - spread_share) * cross-crop invariance + spread_share * SIGReg or VICReg).
         """
         weights = {"mim": self.mim} if self.mim else {}
         if self.invariance and self.spread == "contrast":

@@ -57,7 +57,7 @@ def test_a_run_on_photos(labelled, tmp_path, monkeypatch, capsys):
     assert summary["engine"] == "dense" and summary["steps"] == 6
     lines = metrics(out)
     assert [line["step"] for line in lines] == list(range(6))
-    assert {"loss", "mim", "invariance", "sigreg", "lr", "weight_decay", "momentum"} <= set(lines[0])
+    assert {"loss", "mim", "contrast", "lr", "weight_decay", "momentum"} <= set(lines[0])
     features = load_encoder(out)(torch.zeros(1, 3, 32, 32))
     assert features.shape == (1, 16, 96)
     assert (out / "tokens.png").read_bytes()[:4] == b"\x89PNG"
@@ -85,7 +85,7 @@ def test_the_papers_recipe_in_miniature_without_labels(photos, tmp_path, monkeyp
     summary = json.loads((out / "summary.json").read_text())
     assert summary["knn"] == {"pixels": None, "init": None, "pretrained": None}
     assert summary["terms"] == ["MIM-JEPA"] and "loss terms: MIM-JEPA" in printed
-    assert "invariance" not in metrics(out)[0]
+    assert "contrast" not in metrics(out)[0]
 
 
 def test_recipes_hold_the_published_values():
@@ -105,7 +105,7 @@ def test_thirty_demo_steps_lower_the_loss(tmp_path, monkeypatch, capsys):
     assert message is None
     losses = [line["loss"] for line in metrics(out)]
     assert len(losses) == 30
-    assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
 def test_accumulation_is_the_same_run(labelled, tmp_path, monkeypatch, capsys):
@@ -149,8 +149,8 @@ def test_two_processes_train_the_same_run(spread, labelled, tmp_path, clean_envi
         assert json.loads((out / "summary.json").read_text())["processes"] == processes
         curves.append([[line[key] for key in ("loss", "mim", spread)] for line in metrics(out)])
     assert len(curves[0]) == 10
-    for one, two in zip(*curves):
-        assert two == pytest.approx(one, rel=1e-4)
+    for step, (one, two) in enumerate(zip(*curves)):  # from the same to rounding, which training lets grow
+        assert two == pytest.approx(one, rel=3e-4 if step else 1e-5)
 
 
 MISTAKES = {
@@ -166,7 +166,7 @@ MISTAKES = {
     "batch size": (["--batch-size", "6000"], "batch_size 6000 is larger than the data set (5000 images"),
     "accumulate": (["--accumulate", "7"], "does not divide"),
     "one crop": (["--crops", "1"], "invariance compares views of one image"),
-    "one image": (["--spread", "contrast", "--batch-size", "1"], "contrast needs other images, got batch_size 1"),
+    "one image": (["--batch-size", "1"], "contrast needs other images, got batch_size 1"),
     "temperature": (["--temperature", "0"], "temperature 0.0 must be positive"),
     "not a number": (["--epochs", "many"], "--epochs"),
     "crop scale": (["--crop-scale", "0.5", "2.0"], "crop_scale is (0.5, 2.0)"),

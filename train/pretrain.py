@@ -11,6 +11,7 @@ images were left out, `unreadable.txt`.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -47,7 +48,13 @@ from scott_sparse.views import make_views
 from scott_sparse.vit import Encoder
 from scott_sparse.weights import CONFIG, WEIGHTS, write_beside
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it later: huge pages, a tenth of a CPU's time
+# A CPU's step allocates hundreds of large buffers. Huge pages for them (torch reads this later), and freed ones stay with
+# the process: glibc would give each back to the kernel, which clears it page by page before the next use.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+    ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
 
 RESULTS = (*WEIGHTS.values(), CONFIG, "tokens.png", "summary.json")  # of a run that came to its end
 RUN_FILES = ("recipe.json", METRICS, "reports.jsonl", "unreadable.txt", "nonfinite.txt", *RESULTS)

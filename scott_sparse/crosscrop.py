@@ -1,9 +1,9 @@
 """The cross-crop term: views of one image should say the same, and embeddings of all images must not.
 
-Not in the paper; the named option of `ObjectiveConfig.invariance`. What keeps the embeddings from collapsing is contrast
-with the other images of the batch (SimCLR, arXiv 2002.05709), SIGReg (LeJEPA, arXiv 2511.08544), or variance and
-covariance (VICReg, arXiv 2105.04906). Every average is one over the global batch, so that any number of processes has
-the same loss.
+Not in the paper; the named option of `ObjectiveConfig.invariance`. What keeps the embeddings from collapsing is
+contrast with the other images of the batch (SimCLR, arXiv 2002.05709), SIGReg (LeJEPA, arXiv 2511.08544), or variance
+and covariance (VICReg, arXiv 2105.04906). Every average is one over the global batch, so that any number of processes
+has the same loss.
 """
 
 import torch
@@ -15,7 +15,7 @@ from scott_sparse.shapes import Float, Tensor
 
 
 class Projector(nn.Module):
-    """Linear, standardisation over the global batch, ReLU, Linear: from pooled features to the space where crops are compared.
+    """Linear, standardisation over the global batch, ReLU, Linear: from pooled features to where crops are compared.
 
     Without the standardisation the first few hundred steps go into telling images apart at all: pooled features of an
     untrained encoder share one large mean. No running statistics: the projector is dropped after pretraining.

@@ -48,8 +48,8 @@ from scott_sparse.views import make_views
 from scott_sparse.vit import Encoder
 from scott_sparse.weights import CONFIG, WEIGHTS, write_beside
 
-# A CPU's step allocates hundreds of large buffers. Huge pages for them (torch reads this later), and freed ones stay with
-# the process: glibc would give each back to the kernel, which clears it page by page before the next use.
+# A CPU's step allocates hundreds of large buffers. Huge pages for them (torch reads this later), and freed ones stay
+# with the process: glibc would give each back to the kernel, which clears it page by page before the next use.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

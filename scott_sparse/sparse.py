@@ -23,7 +23,7 @@ from scott_sparse.tiles import max_blur_pool_tiles
 
 ENGINES = ("auto", "spconv", "tiles", "dense")
 # Of the patches visible: above it `tiles` is slower than `dense`. Narrow products do not pay for the copies as soon.
-TILES_UNTIL, TILES_UNTIL_NARROW, NARROW = 0.5, 0.4, 192
+TILES_UNTIL, TILES_UNTIL_NARROW, NARROW = 0.5, 0.3, 192
 
 
 def to_sparse(images: Float[Tensor, "B C H W"], active: ActivePatches):

@@ -224,7 +224,7 @@ def test_auto_follows_the_device_the_width_and_what_is_visible(monkeypatch):
         return sparse.choose_engine("auto", torch.device(device), visible_share=share, dim=dim)
 
     assert [chosen("cpu", share, 384) for share in (0.1, 0.5, 0.9)] == ["tiles", "tiles", "dense"]
-    assert [chosen("cpu", share, 96) for share in (0.1, 0.5, 0.9)] == ["tiles", "dense", "dense"]
+    assert [chosen("cpu", share, 96) for share in (0.1, 0.4, 0.9)] == ["tiles", "dense", "dense"]
     assert chosen("cuda", 0.4, 384) == "spconv"
 
 

@@ -96,16 +96,16 @@ def test_recipes_hold_the_published_values():
     assert (paper.dropout, paper.attention_dropout, paper.drop_path) == (0.2, 0.1, 0.1)
 
 
-def test_thirty_demo_steps_lower_the_loss(tmp_path, monkeypatch, capsys):
+def test_forty_demo_steps_lower_the_loss(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    steps = 30 / (5000 // 16)
+    steps = 40 / (5000 // 16)
     arguments = ["--batch-size", 16, "--epochs", steps, "--warmup-epochs", steps / 6, "--out", out]
     monkeypatch.setattr(pretrain, "knn_report", lambda *a, **k: {"pixels": None, "init": None, "pretrained": None})
     message, _ = run(arguments, monkeypatch, capsys)
     assert message is None
     losses = [line["loss"] for line in metrics(out)]
-    assert len(losses) == 30
-    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert len(losses) == 40
+    assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
 
 
 def test_accumulation_is_the_same_run(labelled, tmp_path, monkeypatch, capsys):
@@ -142,7 +142,7 @@ def test_two_processes_train_the_same_run(spread, labelled, tmp_path, clean_envi
     for processes in (1, 2):
         out = tmp_path / str(processes)
         arguments = [*TINY, "--data", labelled, "--out", out, "--epochs", 5, "--warmup-epochs", 1]
-        arguments += ["--spread", spread]
+        arguments += ["--spread", spread, "--lr", "1e-3"]
         launcher = ["torchrun", "--nproc_per_node", processes, "--master_port", 29500 + os.getpid() % 1000]
         result = command([*launcher, "train/pretrain.py", *arguments], clean_environment)
         assert result.returncode == 0, result.stderr
@@ -150,7 +150,7 @@ def test_two_processes_train_the_same_run(spread, labelled, tmp_path, clean_envi
         curves.append([[line[key] for key in ("loss", "mim", spread)] for line in metrics(out)])
     assert len(curves[0]) == 10
     for step, (one, two) in enumerate(zip(*curves)):  # from the same to rounding, which training lets grow
-        assert two == pytest.approx(one, rel=3e-4 if step else 1e-5)
+        assert two == pytest.approx(one, rel=1e-4 if step else 1e-5)
 
 
 MISTAKES = {

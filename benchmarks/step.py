@@ -146,7 +146,8 @@ class Step:
             self()
         names = {re.sub(r"_backward|aten::|_?scaled_dot_product_|_for_cpu", "", e.key) for e in profile.key_averages()}
         known = r"attention_math|\w*(flash|efficient|cudnn)_attention"
-        return sorted(name for name in names if re.fullmatch(known, name)) or ["two products"]
+        own = "einsum" if self.plain else "two products"
+        return sorted(name for name in names if re.fullmatch(known, name)) or [own]
 
     def _masks_by_loop(self, part: Batch) -> Batch:
         count = visible_count(math.prod(self.recipe.grid), self.recipe.hide_ratio)

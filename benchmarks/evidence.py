@@ -12,6 +12,7 @@ that was stopped goes on. In the end the same as benchmarks/evidence.csv, a tabl
 import concurrent.futures
 import csv
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -66,6 +67,7 @@ PARTS = {
     "uniform masks": ("--mask", "uniform"),
     "hide .25": ("--hide-ratio", "0.25"),
     "hide .4": ("--hide-ratio", "0.4"),
+    "hide .5": ("--hide-ratio", "0.5"),
     "hide .6": ("--hide-ratio", "0.6"),
     "hide .75": ("--hide-ratio", "0.75"),
     "EMA .996 to 1": ("--momentum", "0.996", "1.0"),
@@ -82,22 +84,26 @@ PARTS = {
     "four crops, hide .75": ("--crops", "4", "--hide-ratio", "0.75"),
     "four crops": ("--crops", "4"),
 }
-PUBLISHED = ("--invariance", "0", "--crops", "1")
-SIGREG = ("--spread", "sigreg", "--invariance", "1")  # the recipe before it had contrast
+# What small-data was before.
+FORMS = {"four crops half hidden": ("--crops", "4", "--hide-ratio", "0.5")}
+LOSSES = {
+    "MIM-JEPA alone": ("--invariance", "0", "--crops", "1"),
+    "SIGReg": ("--spread", "sigreg", "--invariance", "1"),
+    "SIGReg, weight 3": ("--spread", "sigreg", "--invariance", "3"),
+    "VICReg": ("--spread", "vicreg", "--invariance", "1", "--spread-share", "0.5"),
+}
+CHANGES = [{"": (), **changes} for changes in (FORMS, LOSSES, PARTS)]
+COMBINED = (list(zip(*chosen)) for chosen in itertools.product(*(changes.items() for changes in CHANGES)))
 CELLS = {
     "pixels": Cell(how="pixels"),
     "random init": Cell(how="random"),
     "supervised from scratch": Cell(how="supervised"),
-    "the recipe": Cell(),
-    **{name: Cell(part) for name, part in PARTS.items()},
-    "MIM-JEPA alone": Cell(PUBLISHED),
-    "SIGReg": Cell(SIGREG),
-    "SIGReg, weight 3": Cell((*SIGREG[:-1], "3")),
-    "VICReg": Cell(("--spread", "vicreg", "--invariance", "1", "--spread-share", "0.5")),
+    **{
+        ", ".join(filter(None, names)) or "the recipe": Cell(tuple(itertools.chain(*flags)))
+        for names, flags in COMBINED
+    },
 }
-DEFAULT = tuple(CELLS)
-CELLS |= {f"MIM-JEPA alone, {name}": Cell((*PUBLISHED, *part)) for name, part in PARTS.items()}
-CELLS |= {f"SIGReg, {name}": Cell((*SIGREG, *part)) for name, part in PARTS.items()}
+DEFAULT = tuple(name for name in CELLS if name in (*list(CELLS)[:4], *FORMS, *LOSSES, *PARTS))
 CELLS |= {f"{name}, equal seconds": Cell(cell.flags, seconds_of=name) for name, cell in CELLS.items() if cell.flags}
 
 
@@ -110,8 +116,8 @@ class Bench:
     """Smaller than the recipes': what is short needs steps. Rates follow."""
     seeds: tuple[int, ...] = (0, 1, 2)
     only: tuple[str, ...] = DEFAULT
-    """Cells by name; all that there are: each part also with the published objective alone or with SIGReg, and each
-    cell "..., equal seconds"."""
+    """Cells by name; all that there are: each part also with another form, another loss or both, and each cell as
+    "..., equal seconds"."""
     jobs: int = 2
 
     @property

@@ -296,7 +296,7 @@ def test_no_whole_checkpoint_stops_with_the_list(train, tmp_path):
     ("more", "said"),
     [
         (("--lr", "1e-3"), "lr was 0.003, now 0.001"),
-        (("--hide-ratio", "0.25", "--crops", "3"), "hide_ratio was 0.5, now 0.25; views.crops was 2, now 3"),
+        (("--hide-ratio", "0.25", "--crops", "3"), "hide_ratio was 0.75, now 0.25; views.crops was 2, now 3"),
     ],
 )
 def test_other_settings_are_refused(more, said, train, tmp_path):

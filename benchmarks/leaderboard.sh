@@ -23,7 +23,7 @@ elif [ "$board" = grocery ]; then
     export OMP_NUM_THREADS=1
     if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2> /dev/null; then export ACCELERATE_MIXED_PRECISION=bf16; fi
     launch=(torchrun --standalone --nproc_per_node 2 "$here/train/pretrain.py")
-    recipe=(--epochs 60 --crops 6)
+    recipe=(--epochs 62 --crops 10)
 else
     echo "error: the board $board needs a GPU; grocery has a form for a CPU." >&2
     exit 2

@@ -54,7 +54,7 @@ def test_a_run_on_photos(labelled, tmp_path, monkeypatch, capsys):
     assert set(summary["knn"]) == {"pixels", "init", "pretrained"}
     assert all(0 <= score <= 100 for score in summary["knn"].values())
     assert {"seconds", "images_per_second", "peak_memory_mib", "engine", "terms"} <= set(summary)
-    assert summary["engine"] == "dense" and summary["steps"] == 6
+    assert summary["engine"] == "tiles" and summary["steps"] == 6
     lines = metrics(out)
     assert [line["step"] for line in lines] == list(range(6))
     assert {"loss", "mim", "contrast", "lr", "weight_decay", "momentum"} <= set(lines[0])

@@ -240,7 +240,7 @@ def report(label: str, rows: list[dict]) -> None:
         lines.append(f"| {' | '.join(cells)} |")
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlabel="test top-1, % (orange k-NN, blue linear; dots are seeds)", title=f"{label} epochs")
+    axes.set(xlabel="test top-1, %: k-NN orange, linear blue", title=f"{label} epochs")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(RUNS.with_name(f"evidence-{label}.png"), dpi=110)
     Console(width=130).print(table)

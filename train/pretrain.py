@@ -71,6 +71,7 @@ class Run:
     accelerator: Accelerator
     data: Data
     model: MIMJEPA
+    engine: str
     console: Console
     checkpoint: Path | None
     lock: FileLock | None
@@ -83,12 +84,11 @@ def main() -> None:
     recipe, out, data, accelerator, console = run.recipe, run.out, run.data, run.accelerator, run.console
     target = make_target(run.model.encoder)
     initial = make_target(run.model.encoder)
-    engine = describe_engine(recipe, accelerator.device)
     parameters = sum(p.numel() for p in run.model.encoder.parameters())
     console.print(
         f"{run.name}: {len(data.pretrain):,} images ({recipe.source.protocol} protocol) at {recipe.sides[0]} x "
         f"{recipe.sides[1]} px, encoder {recipe.size} "
-        f"({parameters / 1e6:.1f} M parameters), engine {engine}, {accelerator.num_processes} x "
+        f"({parameters / 1e6:.1f} M parameters), engine {run.engine}, {accelerator.num_processes} x "
         f"{accelerator.device.type}, precision {accelerator.mixed_precision}; "
         f"loss terms: {', '.join(recipe.objective.terms)}"
     )
@@ -125,7 +125,7 @@ def main() -> None:
             **training,
             "cpu_seconds": round(time.process_time(), 1),  # of this process, since it was started
             "peak_memory_mib": peak_memory_mib(device),
-            "engine": engine,
+            "engine": run.engine,
             "terms": recipe.objective.terms,
             "data": {
                 "source": recipe.source.data,
@@ -182,7 +182,7 @@ def prepare(arguments: list[str]) -> Run:
             f"batch_size {recipe.batch_size} does not divide into {accelerator.num_processes} processes x "
             f"{recipe.accumulate} accumulation steps; nearest: {max(round(recipe.batch_size / slices), 1) * slices}."
         )
-    describe_engine(recipe, accelerator.device)  # raises where it cannot work
+    engine = describe_engine(recipe, accelerator.device)
     data = open_data(recipe.source, short_side=short_side_for(recipe.sides))
     if recipe.batch_size > len(data.pretrain):
         raise ValueError(
@@ -200,7 +200,7 @@ def prepare(arguments: list[str]) -> Run:
     if accelerator.is_main_process:
         held = open_folder(name, recipe, out, data, checkpoint)
     accelerator.wait_for_everyone()
-    return Run(name, recipe, out, accelerator, data, model, console, checkpoint, held)
+    return Run(name, recipe, out, accelerator, data, model, engine, console, checkpoint, held)
 
 
 def open_folder(name: str, recipe: Recipe, out: Path, data: Data, checkpoint: Path | None) -> FileLock:

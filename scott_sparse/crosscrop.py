@@ -9,6 +9,7 @@ has the same loss.
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from scott_sparse.shapes import Float, Tensor
@@ -28,22 +29,37 @@ class Projector(nn.Module):
 
     def forward(self, pooled: Float[Tensor, "n D"]) -> Float[Tensor, "n E"]:
         rows = self.hidden(pooled).float()
-        rows = rows - mean_over_processes(rows.mean(0))
-        variance = mean_over_processes(rows.square().mean(0))
-        return self.out(F.relu(rows / (variance + 1e-5).sqrt()))
+        centre = rows.mean(0)
+        # Mean and variance of all processes in one message: those of each, and how far the means lie apart.
+        moments = of_all_processes(torch.stack([centre, (rows - centre).square().mean(0)]))
+        mean = moments[:, 0].mean(0)
+        variance = (moments[:, 1] + (moments[:, 0] - mean).square()).mean(0)
+        return self.out(F.relu((rows - mean) / (variance + 1e-5).sqrt()))
+
+
+def of_all_processes(values: Float[Tensor, "*n"]) -> Float[Tensor, "P ..."]:
+    """A tensor as each process has it, with its gradient: every process's loss depends on those of all."""
+    if _processes() == 1:
+        return values[None]
+    own = torch.arange(_processes(), device=values.device) == _rank()
+    return _AllReduce.apply(torch.where(own[(..., *[None] * values.ndim)], values, 0))
 
 
 def mean_over_processes(values: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """Mean of a tensor over all processes, with its gradient: averages over the global batch, of equal shares."""
-    return _AllReduce.apply(values) / _processes() if _processes() > 1 else values
+    """From averages over equal shares to that over the global batch."""
+    return of_all_processes(values).mean(0)
 
 
 def _processes() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
 class _AllReduce(torch.autograd.Function):
-    """Sum over processes; every process's loss depends on the sum, so its gradient is summed as well."""
+    """Sum over processes, and so is its gradient."""
 
     @staticmethod
     def forward(ctx, values):
@@ -103,8 +119,9 @@ def contrast(embeddings: Float[Tensor, "V B E"], *, temperature: float) -> Float
     views, images, _ = embeddings.shape
     with torch.autocast(embeddings.device.type, enabled=False):  # bf16 would round the cosines to three digits
         own = F.normalize(embeddings.float(), dim=-1)
-        everyone, first = _of_all_processes(own)
+        everyone = rearrange(of_all_processes(own), "p v b e -> v (p b) e")
         scores = torch.einsum("vbe,wce->vbwc", own, everyone) / temperature
+    first = _rank() * images  # of this process, among everyone's
     # No index by a mask: a GPU would have to be waited for.
     same_image = torch.ones(scores.shape[1::2], dtype=torch.bool, device=scores.device).tril(first).triu(first)
     negatives = scores.masked_fill(same_image[:, None], -torch.inf).logsumexp((2, 3))  # (V, b)
@@ -112,12 +129,3 @@ def contrast(embeddings: Float[Tensor, "V B E"], *, temperature: float) -> Float
     itself = torch.eye(views, dtype=torch.bool, device=scores.device)[..., None]
     cost = torch.logaddexp(positives, negatives[:, None]) - positives
     return cost.masked_fill(itself, 0).sum() / (views * (views - 1) * images)
-
-
-def _of_all_processes(own: Float[Tensor, "V b E"]) -> tuple[Float[Tensor, "V B E"], int]:
-    """The views of the global batch, with their gradient, and where this process's images start in it."""
-    if _processes() == 1:
-        return own, 0
-    first = torch.distributed.get_rank() * own.shape[1]
-    after = (_processes() - 1) * own.shape[1] - first
-    return _AllReduce.apply(F.pad(own, (0, 0, first, after))), first

@@ -4,6 +4,7 @@ A collapsed encoder says nearly the same of every image: its features span few d
 softly; the deviation of the features goes to 0, the similarity of an image's tokens to 1.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,8 +93,8 @@ def verdict(reports: Sequence[Health]) -> str:
     if not earlier:
         return "learning" if len(reports) > 1 else "starting"
     improved = [max(r.lidar for r in recent) > 1.01 * max(r.lidar for r in earlier)]
-    losses = [r.loss for r in earlier if r.loss is not None]
-    improved.append(not losses or min(r.loss for r in recent) < 0.99 * min(losses))
+    before, since = ([r.loss for r in part if r.loss is not None] for part in (earlier, recent))
+    improved.append(not before or min(since, default=math.inf) < 0.99 * min(before))
     if now.knn is not None:
         best, of_now = (max(part, key=lambda report: report.knn) for part in (earlier, recent))
         improved.append(of_now.knn > best.knn + best.knn_error)

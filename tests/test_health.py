@@ -65,6 +65,8 @@ def history(**numbers):
         ({"loss": [1.0] * 5}, "stalled: neither LiDAR nor the loss has improved since epoch 1"),
         ({"loss": [1.0] * 5, "lidar": [10.0, 11.0, 12.0, 13.0, 14.0]}, "learning"),
         ({"loss": [None, 1.0, 1.2, 1.2, 1.2]}, "stalled: neither LiDAR nor the loss has improved since epoch 1"),
+        ({"loss": [1.0, 0.8, 0.6, None, 0.4]}, "learning"),
+        ({"loss": [1.0, 1.0, None, None, None]}, "stalled: neither LiDAR nor the loss has improved since epoch 1"),
         ({"knn": [10.0, 12.0, 20.0, 30.0, 40.0], "knn_error": [2.0] * 5}, "learning"),
         (
             {"knn": [10.0, 12.0, 13.0, 12.0, 11.0], "knn_error": [2.0] * 5},

@@ -153,6 +153,31 @@ def test_two_processes_train_the_same_run(spread, labelled, tmp_path, clean_envi
         assert two == pytest.approx(one, rel=1e-4 if step else 1e-5)
 
 
+SPOILT = """
+import os, sys
+sys.path.insert(0, "train")
+import pretrain
+real, calls = pretrain.target_features, []
+def infinite_on_one(*arguments, **options):
+    calls.append(1)
+    return real(*arguments, **options) * (float("inf") if len(calls) == 4 and os.environ["RANK"] == "1" else 1)
+pretrain.target_features = infinite_on_one
+pretrain.main()
+"""
+
+
+def test_what_one_process_cannot_use_no_process_uses(labelled, tmp_path, clean_environment):
+    """The second process's fourth loss is infinite, which leaves its gradient finite."""
+    script, out = tmp_path / "spoilt.py", tmp_path / "run"
+    script.write_text(SPOILT)
+    launcher = ["torchrun", "--nproc_per_node", 2, "--master_port", 29500 + os.getpid() % 1000]
+    arguments = [*TINY, "--data", labelled, "--out", out, "--epochs", 5, "--on-nonfinite", "skip"]
+    result = command([*launcher, script, *arguments], clean_environment)
+    assert result.returncode == 0, result.stderr
+    assert [line["step"] for line in metrics(out) if line["loss"] is None] == [3]
+    assert json.loads((out / "summary.json").read_text())["skipped"] == 1
+
+
 MISTAKES = {
     "unknown recipe": (["flowers"], "unknown recipe 'flowers'; expected one of: demo"),
     "unknown field": (["--hide-ration", "0.5"], "unknown option --hide-ration; did you mean --hide-ratio?"),

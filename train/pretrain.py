@@ -271,7 +271,7 @@ def train(run: Run, target: Encoder) -> dict:
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
                     with accelerator.autocast():  # Accelerate wraps the model in it, but not one that is sharded
                         terms = model(context, visible, targets, directions)
-                    accelerator.backward(terms["loss"])
+                    accelerator.backward(spoilt_if_nonfinite(terms["loss"]))
                 losses.append({key: value.detach() for key, value in terms.items()})
             # 3. Update, and let the target follow.
             norm = whole(accelerator.clip_grad_norm_(model.parameters(), recipe.clip or float("inf")))
@@ -293,12 +293,18 @@ def train(run: Run, target: Encoder) -> dict:
     return {**log.summary(), "report_share": round(report.seconds / log.seconds, 4), "verdict": report.verdict}
 
 
+def spoilt_if_nonfinite(loss: Tensor) -> Tensor:
+    """The loss, with a gradient of nan where it is nan or inf, as it need not have: all processes learn of it with the
+    gradient, without asking each other."""
+    return loss * torch.where(loss.isfinite(), 1.0, torch.nan).detach()
+
+
 def nonfinite(accelerator: Accelerator, loss: Tensor, norm: Tensor) -> Tensor:
-    """1.0 where loss or gradient are nan or inf on any process, else 0.0, without waiting for the device."""
-    wrong = ~torch.isfinite(loss)
-    if accelerator.scaler is None:
-        wrong |= ~torch.isfinite(norm)
-    return (accelerator.reduce(wrong.float(), reduction="sum") > 0).float()
+    """1.0 where loss or gradient are nan or inf on any process, else 0.0, without waiting for the device.
+
+    Under a scaler the gradient may be: it leaves such steps out by itself.
+    """
+    return (~torch.isfinite(norm if accelerator.scaler is None else loss)).float()
 
 
 def describe_nonfinite(run: Run, found: NonFinite) -> str:

@@ -300,9 +300,9 @@ def spoilt_if_nonfinite(loss: Tensor) -> Tensor:
 
 
 def nonfinite(accelerator: Accelerator, loss: Tensor, norm: Tensor) -> Tensor:
-    """1.0 where loss or gradient are nan or inf on any process, else 0.0, without waiting for the device.
+    """1.0 where the gradient, which is that of all processes, has a nan or inf, else 0.0; the device is not waited for.
 
-    Under a scaler the gradient may be: it leaves such steps out by itself.
+    Under a scaler it may, and such steps are left out by itself: there the loss of this process is what counts.
     """
     return (~torch.isfinite(norm if accelerator.scaler is None else loss)).float()
 

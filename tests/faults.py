@@ -347,8 +347,9 @@ def soak(scene: Scene, row: Row, steps: int = 2000) -> None:
         while process.is_alive():
             time.sleep(0.5)
             with contextlib.suppress(psutil.Error, FileNotFoundError):
-                step = metrics.read_bytes().count(b"\n")
-                readings.append((step, about.memory_full_info().uss >> 20, about.num_fds(), about.num_threads()))
+                used = (about.memory_full_info().uss >> 20, about.num_fds(), about.num_threads())
+                step = metrics.read_bytes().count(b"\n")  # after the rest: else that may be of what follows training
+                readings.append((step, *used))
                 if cut and step > cut:
                     os.kill(process.pid, signal.SIGKILL)
                     break

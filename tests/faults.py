@@ -347,7 +347,8 @@ def soak(scene: Scene, row: Row, steps: int = 2000) -> None:
         while process.is_alive():
             time.sleep(0.5)
             with contextlib.suppress(psutil.Error, FileNotFoundError):
-                used = (about.memory_full_info().uss >> 20, about.num_fds(), about.num_threads())
+                # Resident, shared or not: how much it shares with its parent is the parent's doing.
+                used = (about.memory_info().rss >> 20, about.num_fds(), about.num_threads())
                 step = metrics.read_bytes().count(b"\n")  # after the rest: else that may be of what follows training
                 readings.append((step, *used))
                 if cut and step > cut:

@@ -35,6 +35,10 @@ def command(arguments, environment):
     )
 
 
+def torchrun(processes):
+    return ["torchrun", "--nproc_per_node", processes, "--master_port", 29500 + os.getpid() % 1000]
+
+
 def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -143,8 +147,7 @@ def test_two_processes_train_the_same_run(spread, labelled, tmp_path, clean_envi
         out = tmp_path / str(processes)
         arguments = [*TINY, "--data", labelled, "--out", out, "--epochs", 5, "--warmup-epochs", 1]
         arguments += ["--spread", spread, "--lr", "1e-3"]
-        launcher = ["torchrun", "--nproc_per_node", processes, "--master_port", 29500 + os.getpid() % 1000]
-        result = command([*launcher, "train/pretrain.py", *arguments], clean_environment)
+        result = command([*torchrun(processes), "train/pretrain.py", *arguments], clean_environment)
         assert result.returncode == 0, result.stderr
         assert json.loads((out / "summary.json").read_text())["processes"] == processes
         curves.append([[line[key] for key in ("loss", "mim", spread)] for line in metrics(out)])
@@ -170,9 +173,8 @@ def test_what_one_process_cannot_use_no_process_uses(labelled, tmp_path, clean_e
     """The second process's fourth loss is infinite, which leaves its gradient finite."""
     script, out = tmp_path / "spoilt.py", tmp_path / "run"
     script.write_text(SPOILT)
-    launcher = ["torchrun", "--nproc_per_node", 2, "--master_port", 29500 + os.getpid() % 1000]
     arguments = [*TINY, "--data", labelled, "--out", out, "--epochs", 5, "--on-nonfinite", "skip"]
-    result = command([*launcher, script, *arguments], clean_environment)
+    result = command([*torchrun(2), script, *arguments], clean_environment)
     assert result.returncode == 0, result.stderr
     assert [line["step"] for line in metrics(out) if line["loss"] is None] == [3]
     assert json.loads((out / "summary.json").read_text())["skipped"] == 1

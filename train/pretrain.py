@@ -296,7 +296,7 @@ def train(run: Run, target: Encoder) -> dict:
 def spoilt_if_nonfinite(loss: Tensor) -> Tensor:
     """The loss, with a gradient of nan where it is nan or inf, as it need not have: all processes learn of it with the
     gradient, without asking each other."""
-    return loss * torch.where(loss.isfinite(), 1.0, torch.nan).detach()
+    return loss * torch.where(loss.isfinite(), 1.0, torch.nan)
 
 
 def nonfinite(accelerator: Accelerator, loss: Tensor, norm: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ class MIMJEPA(nn.Module):
     def context_features(
         self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]
     ) -> Float[Tensor, "B n D"]:
-        """Of all N patches, hidden ones as mask tokens (context 'all'), or of the V visible ones alone."""
+        """Of all N patches, hidden ones as mask tokens (context 'all'), or of the n visible ones alone."""
         if self.objective.context == "all":
             return self.encoder(images, visible)
         return self.encoder.forward_visible(images, visible)

@@ -2,7 +2,7 @@
 
 A mask is drawn per image as `visible` (B, N): True where the patch is seen; its complement is what the predictor must
 predict. Every image of a batch has *exactly* the same number of visible patches, so packed visible tokens stay
-rectangular: (B, V, D).
+rectangular: (B, n, D).
 
 `block` (SCOTT, arXiv 2502.18056, after BEiT, arXiv 2106.08254): the union of rectangles is *visible*, so what is seen
 hangs together and what is hidden is its ragged complement. `uniform`: the same count, patch by patch.

@@ -55,8 +55,8 @@ class Tokenizer(nn.Module):
     @torch._dynamo.disable
     def packed_by_image(
         self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]
-    ) -> tuple[Float[Tensor, "B V D"], Int[Tensor, "B V"]]:
-        """The same where every image has V visible patches: tokens, and the patch of each. ValueError otherwise."""
+    ) -> tuple[Float[Tensor, "B n D"], Int[Tensor, "B n"]]:
+        """The same where every image has n visible patches: tokens, and the patch of each. ValueError otherwise."""
         counts = visible.sum(1)
         if (counts != counts[0]).any():
             raise ValueError(f"every image must have as many visible patches, got {counts.tolist()}.")

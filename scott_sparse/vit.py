@@ -102,10 +102,10 @@ class Encoder(nn.Module):
         tokens = self.tokenizer(images)
         return self.transformer.last_blocks(tokens, positions(self.tokenizer.grid(images), tokens), count)
 
-    def forward_visible(self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]) -> Float[Tensor, "B V D"]:
+    def forward_visible(self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]) -> Float[Tensor, "B n D"]:
         """Features of the visible patches alone, in raster order: no token is spent on what is hidden.
 
-        Every image must have the same number V of visible patches, as `draw_visible` gives; ValueError otherwise.
+        Every image must have the same number n of visible patches, as `draw_visible` gives; ValueError otherwise.
         """
         tokens, where = self.tokenizer.packed_by_image(images, visible)
         return self.transformer(tokens, positions(self.tokenizer.grid(images), tokens)[where])

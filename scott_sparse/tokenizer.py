@@ -38,7 +38,7 @@ class Tokenizer(nn.Module):
         """Tokens in raster order; zeros where hidden. `visible` None means that everything is."""
         h, w = self.grid(images)
         if visible is None:
-            return self._packed(images, None).reshape(len(images), h * w, self.dim)
+            return self._packed(images, None).reshape(images.shape[0], h * w, self.dim)
         tokens, indices = self.packed(images, visible)
         dense = tokens.new_zeros(len(images) * h * w, self.dim)
         dense = dense.index_copy(0, indices[:, 0] * (h * w) + indices[:, 1], tokens)

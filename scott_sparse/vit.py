@@ -155,7 +155,7 @@ class Transformer(nn.Module):
         extra = 0
         if self.registers is not None:
             extra = self.registers.shape[1]
-            x = torch.cat([self.registers.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([self.registers.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
         x = self.dropout(x)
         outputs = []
         for layer, block in enumerate(self.blocks):

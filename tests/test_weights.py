@@ -37,6 +37,14 @@ def test_engines_share_one_checkpoint(saved):
         assert torch.allclose(load_encoder(folder, engine=engine)(images, visible), expected, atol=1e-5)
 
 
+def test_an_encoder_is_exported_for_any_batch(saved):
+    encoder, folder = saved
+    images = torch.randn(5, 3, 32, 48)
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(load_encoder(folder), (images[:2],), dynamic_shapes=({0: batch},)).module()
+    assert torch.allclose(exported(images), encoder(images), atol=1e-6)
+
+
 def test_nothing_there(tmp_path):
     with pytest.raises(ValueError, match="no encoder in"):
         load_encoder(tmp_path)

@@ -84,8 +84,11 @@ PARTS = {
     "four crops, hide .75": ("--crops", "4", "--hide-ratio", "0.75"),
     "four crops": ("--crops", "4"),
 }
-# What small-data was before.
-FORMS = {"four crops half hidden": ("--crops", "4", "--hide-ratio", "0.5")}
+# What small-data and the demo were before.
+FORMS = {
+    "four crops half hidden": ("--crops", "4", "--hide-ratio", "0.5"),
+    "two crops .4 hidden": ("--crops", "2", "--hide-ratio", "0.4"),
+}
 LOSSES = {
     "MIM-JEPA alone": ("--invariance", "0", "--crops", "1"),
     "SIGReg": ("--spread", "sigreg", "--invariance", "1"),

@@ -203,10 +203,11 @@ DEMO = dataclasses.replace(
     SMALL_DATA,
     source=DataConfig(data="petals"),
     image_size=48,
-    hide_ratio=0.4,
-    views=ViewConfig(crops=2, crop_scale=(0.7, 1.0), colour=1.0, jitter=(0.6, 0.6, 0.6, 0.5), jitter_p=1.0, grey=0.3),
-    epochs=10,
-    report_every=2,
+    hide_ratio=0.5,
+    views=ViewConfig(crops=6, crop_scale=(0.7, 1.0), colour=1.0, jitter=(0.6, 0.6, 0.6, 0.5), jitter_p=1.0, grey=0.3),
+    epochs=5,
+    batch_size=32,
+    report_every=1,
 )
 
 RECIPES = {

@@ -1,8 +1,8 @@
 """SCOTT and MIM-JEPA (arXiv 2502.18056): Vision Transformers from scratch on small image sets.
 
 Letters used everywhere: B images, V views (crops) per image, H W pixels, h w patch grid, N = h * w patches or tokens, S
-visible patches of a batch (packed), n of each image, D width, P patch size, K classes. A boolean says what True means:
-`visible`, `hidden = ~visible`. Reading order: masks, sparse, tokenizer, vit, jepa, schedules, train/pretrain.py.
+visible patches of a batch (packed), n of each image, D width, P patch size, K classes. A boolean is named for what True
+means: `visible`, `hidden = ~visible`. Reading order: masks, sparse, tokenizer, vit, jepa, schedules, train/pretrain.py.
 """
 
 from scott_sparse.jepa import MIMJEPA, ObjectiveConfig

@@ -37,7 +37,7 @@ class Tokenizer(nn.Module):
     ) -> Float[Tensor, "B N D"]:
         """Tokens in raster order; zeros where hidden. `visible` None means that everything is."""
         h, w = self.grid(images)
-        if visible is None:
+        if visible is None:  # len(images) would be a constant of an exported graph
             return self._packed(images, None).reshape(images.shape[0], h * w, self.dim)
         tokens, indices = self.packed(images, visible)
         dense = tokens.new_zeros(len(images) * h * w, self.dim)

@@ -32,15 +32,15 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "train"), str(ROOT / "eval")]
 
 import pretrain  # noqa: E402 - a neighbour of the scripts in train/
-import protocol  # noqa: E402
 import supervised  # noqa: E402
 
-from scott_sparse.features import Features, extract  # noqa: E402
-from scott_sparse.frozen import FrozenEncoder, Pixels  # noqa: E402
-from scott_sparse.jepa import make_target  # noqa: E402
-from scott_sparse.knn import KNNProbe  # noqa: E402
-from scott_sparse.linear import LinearProbe, fit_linear  # noqa: E402
-from scott_sparse.scores import score  # noqa: E402
+from scott_sparse.evaluation import probe as protocol  # noqa: E402
+from scott_sparse.evaluation.encoders import FrozenEncoder, Pixels  # noqa: E402
+from scott_sparse.evaluation.features import Features, extract  # noqa: E402
+from scott_sparse.evaluation.knn import KNNProbe  # noqa: E402
+from scott_sparse.evaluation.linear import LinearProbe, fit_linear  # noqa: E402
+from scott_sparse.evaluation.metrics import score  # noqa: E402
+from scott_sparse.model.jepa import make_target  # noqa: E402
 from scott_sparse.shapes import Tensor  # noqa: E402
 
 RUNS = ROOT / "benchmarks" / "evidence.jsonl"

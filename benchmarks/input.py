@@ -27,11 +27,11 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from scott_sparse.batches import Batches, load
-from scott_sparse.cache import cores
-from scott_sparse.data import DataConfig, open_data, short_side_for
-from scott_sparse.sources import walk
-from scott_sparse.views import IMAGENET_MEAN, IMAGENET_STD, ViewConfig, make_views
+from scott_sparse.data.batches import Batches, load
+from scott_sparse.data.cache import cores
+from scott_sparse.data.dataset import DataConfig, open_data, short_side_for
+from scott_sparse.data.sources import walk
+from scott_sparse.data.views import IMAGENET_MEAN, IMAGENET_STD, ViewConfig, make_views
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,9 +28,8 @@ from rich.table import Table
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "train"))
 
-import recipes  # noqa: E402 - a neighbour of the scripts in train/
-
 from scott_sparse import MIMJEPA  # noqa: E402
+from scott_sparse.training import recipe as recipes  # noqa: E402 - a neighbour of the scripts in train/
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,17 +37,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 
-import recipes
 from pretrain import directions_at
 
 from scott_sparse import MIMJEPA
-from scott_sparse.batches import Batch, Batches
-from scott_sparse.data import Images
-from scott_sparse.jepa import make_target, target_features, update_target
-from scott_sparse.masks import ASPECT_RANGE, MIN_BLOCK_AREA, draw_visible, visible_count
-from scott_sparse.optimizer import adamw, set_schedules
-from scott_sparse.views import make_views
-from scott_sparse.vit import Attention
+from scott_sparse.data.batches import Batch, Batches
+from scott_sparse.data.dataset import Images
+from scott_sparse.data.views import make_views
+from scott_sparse.model.jepa import make_target, target_features, update_target
+from scott_sparse.model.masks import ASPECT_RANGE, MIN_BLOCK_AREA, draw_visible, visible_count
+from scott_sparse.model.vit import Attention
+from scott_sparse.training import recipe as recipes
+from scott_sparse.training.optim import adamw, set_schedules
 
 CASES = {
     "demo 48, 64": ("cpu", ["demo", "--batch-size", "64"]),
@@ -229,7 +229,7 @@ def attention_by_einsum(self: Attention, x):
 
 
 def visible_by_loop(h: int, w: int, count: int) -> torch.Tensor:
-    """`scott_sparse.masks`' blocks for one image, rectangle by rectangle."""
+    """`scott_sparse.model.masks`' blocks for one image, rectangle by rectangle."""
     visible = torch.zeros(h, w, dtype=torch.bool)
     low, high = (math.log(ratio) for ratio in ASPECT_RANGE)
     while (missing := count - int(visible.sum())) > 0:

@@ -20,16 +20,15 @@ from rich.progress import track
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "train"))
 
-from recipes import Recipe, parse  # noqa: E402 - a neighbour of the scripts in train/
-
 from scott_sparse import Encoder, save_encoder  # noqa: E402
-from scott_sparse.batches import Batches, load  # noqa: E402
-from scott_sparse.command import plain_errors  # noqa: E402
-from scott_sparse.data import Data, open_data, short_side_for  # noqa: E402
-from scott_sparse.features import whole_images  # noqa: E402
-from scott_sparse.optimizer import adamw, set_schedules  # noqa: E402
+from scott_sparse.cli import plain_errors  # noqa: E402
+from scott_sparse.data.batches import Batches, load  # noqa: E402
+from scott_sparse.data.dataset import Data, open_data, short_side_for  # noqa: E402
+from scott_sparse.data.views import make_views  # noqa: E402
+from scott_sparse.evaluation.features import whole_images  # noqa: E402
 from scott_sparse.randomness import batch_indices  # noqa: E402
-from scott_sparse.views import make_views  # noqa: E402
+from scott_sparse.training.optim import adamw, set_schedules  # noqa: E402
+from scott_sparse.training.recipe import Recipe, parse  # noqa: E402 - a neighbour of the scripts in train/
 
 
 class Classifier(torch.nn.Module):

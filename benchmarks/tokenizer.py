@@ -24,8 +24,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from scott_sparse import SparseTokenizer, draw_visible, sparse
-from scott_sparse.sparse import choose_engine, spconv_failure
+from scott_sparse import SparseTokenizer, draw_visible
+from scott_sparse.model.engines import spconv as sparse
+from scott_sparse.model.engines.spconv import choose_engine, spconv_failure
 
 STEMS = {  # side, patch size, stem width, D, images
     "paper, 224 px": (224, 16, 64, 384, 8),

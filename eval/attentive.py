@@ -7,9 +7,8 @@ accelerate launch eval/attentive.py RUN --data flowers102 --protocol paper --cop
 import dataclasses
 import functools
 
-from protocol import Question, answer, ask
-
-from scott_sparse.attentive import fit_attentive
+from scott_sparse.evaluation.attentive import fit_attentive
+from scott_sparse.evaluation.probe import Question, answer, ask
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,13 +14,13 @@ import json
 from pathlib import Path
 
 import torch
-from protocol import Question, ask, open_subject
 from safetensors.torch import save_file
 
-from scott_sparse.batches import default_workers
-from scott_sparse.data import open_data, short_side_for
-from scott_sparse.features import extract, processes
-from scott_sparse.weights import write_beside
+from scott_sparse.data.batches import default_workers
+from scott_sparse.data.dataset import open_data, short_side_for
+from scott_sparse.evaluation.features import extract, processes
+from scott_sparse.evaluation.probe import Question, ask, open_subject
+from scott_sparse.model.weights import write_beside
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,14 +11,14 @@ import time
 
 import torch
 import torch.nn.functional as F
-from protocol import Frozen, Question, ask, frozen_features, write
 from rich.console import Console
 from rich.table import Table
 
-from scott_sparse.features import processes
-from scott_sparse.linear import Scale, fit_lbfgs
+from scott_sparse.evaluation.features import processes
+from scott_sparse.evaluation.linear import Scale, fit_lbfgs
+from scott_sparse.evaluation.metrics import Scores, check_fitting_set, score
+from scott_sparse.evaluation.probe import Frozen, Question, ask, frozen_features, write
 from scott_sparse.randomness import generator_at
-from scott_sparse.scores import Scores, check_fitting_set, score
 from scott_sparse.shapes import Float, Int, Tensor
 
 SHOTS = (1, 5, 10)

@@ -4,9 +4,8 @@ accelerate launch eval/knn.py runs/demo --data petals
 python eval/knn.py runs/demo --data petals --init pixels
 """
 
-from protocol import Question, answer, ask
-
-from scott_sparse.knn import KNNProbe
+from scott_sparse.evaluation.knn import KNNProbe
+from scott_sparse.evaluation.probe import Question, answer, ask
 
 
 def main(question: Question) -> None:

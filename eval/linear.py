@@ -8,9 +8,8 @@ import dataclasses
 import functools
 from typing import Literal
 
-from protocol import Question, answer, ask
-
-from scott_sparse.linear import fit_linear
+from scott_sparse.evaluation.linear import fit_linear
+from scott_sparse.evaluation.probe import Question, answer, ask
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from scott_sparse.command import plain_errors
+from scott_sparse.cli import plain_errors
 
 OURS = ("pixels", "random", "context", "pretrained")
 COLUMNS = ("knn", "linear", "attentive")

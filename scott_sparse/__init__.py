@@ -5,11 +5,11 @@ visible patches of a batch (packed), n of each image, D width, P patch size, K c
 means: `visible`, `hidden = ~visible`. Reading order: masks, sparse, tokenizer, vit, jepa, schedules, train/pretrain.py.
 """
 
-from scott_sparse.jepa import MIMJEPA, ObjectiveConfig
-from scott_sparse.masks import draw_visible
-from scott_sparse.tokenizer import PatchEmbed, SparseTokenizer
-from scott_sparse.vit import SIZES, Encoder, EncoderConfig, Predictor
-from scott_sparse.weights import from_paper_checkpoint, load_encoder, save_encoder
+from scott_sparse.model.jepa import MIMJEPA, ObjectiveConfig
+from scott_sparse.model.masks import draw_visible
+from scott_sparse.model.tokenizer import PatchEmbed, SparseTokenizer
+from scott_sparse.model.vit import SIZES, Encoder, EncoderConfig, Predictor
+from scott_sparse.model.weights import from_paper_checkpoint, load_encoder, save_encoder
 
 __all__ = [
     "MIMJEPA",

@@ -32,9 +32,9 @@ import torch  # noqa: E402
 from conftest import write_photo  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from saving import RESUME_ME  # noqa: E402
 
-from scott_sparse import checkpoint  # noqa: E402
+from scott_sparse.training import checkpoint  # noqa: E402
+from scott_sparse.training.resume import RESUME_ME  # noqa: E402
 
 TINY = ["small-data", "--crops", "2", "--size", "demo", "--stem-width", "8", "--image-size", "32", "--batch-size", "8"]
 TINY += ["--log-every", "3", "--epochs", "12", "--report-every", "3", "--save-every", "4", "--dropout", "0.1"]

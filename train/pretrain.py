@@ -26,27 +26,38 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from filelock import FileLock
-from log import METRICS, Log, NonFinite
-from online import Collapse, OnlineReport
-from recipes import Recipe, as_json, parse
-from report import draw_tokens, knn_report, knn_table
 from rich.console import Console
-from saving import FOLDER, RESUME_ME, Interrupted, SaveFailed, Saver, belongs, find_checkpoint, goes_on, lock, on_main
 
 from scott_sparse import MIMJEPA, save_encoder
-from scott_sparse.batches import Batches, default_workers, load
-from scott_sparse.command import plain_errors, stop
-from scott_sparse.crosscrop import draw_directions
-from scott_sparse.data import Data, open_data, short_side_for, unreadable_lines
-from scott_sparse.jepa import make_target, target_features, update_target
-from scott_sparse.optimizer import adamw, set_schedules
+from scott_sparse.cli import plain_errors, stop
+from scott_sparse.data.batches import Batches, default_workers, load
+from scott_sparse.data.dataset import Data, open_data, short_side_for, unreadable_lines
+from scott_sparse.data.views import make_views
+from scott_sparse.distributed import whole, whole_state
+from scott_sparse.evaluation.report import draw_tokens, knn_report, knn_table
+from scott_sparse.model.engines.spconv import choose_engine
+from scott_sparse.model.jepa import make_target, target_features, update_target
+from scott_sparse.model.losses import draw_directions
+from scott_sparse.model.vit import Encoder
+from scott_sparse.model.weights import CONFIG, WEIGHTS, write_beside
 from scott_sparse.randomness import batch_indices, generator_at, seed_at
 from scott_sparse.shapes import Tensor
-from scott_sparse.sharding import whole, whole_state
-from scott_sparse.sparse import choose_engine
-from scott_sparse.views import make_views
-from scott_sparse.vit import Encoder
-from scott_sparse.weights import CONFIG, WEIGHTS, write_beside
+from scott_sparse.training.log import METRICS, Log, NonFinite
+from scott_sparse.training.monitor import Collapse, OnlineReport
+from scott_sparse.training.optim import adamw, set_schedules
+from scott_sparse.training.recipe import Recipe, as_json, parse
+from scott_sparse.training.resume import (
+    FOLDER,
+    RESUME_ME,
+    Interrupted,
+    SaveFailed,
+    Saver,
+    belongs,
+    find_checkpoint,
+    goes_on,
+    lock,
+    on_main,
+)
 
 # A CPU's step allocates hundreds of large buffers. Huge pages for them (torch reads this later), and freed ones stay
 # with the process: glibc would give each back to the kernel, which clears it page by page before the next use.

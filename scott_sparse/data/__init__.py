@@ -1,0 +1,1 @@
+"""From folders and published sets to batches of views."""

@@ -1,0 +1,1 @@
+"""Frozen features and the probes that are fitted on them."""

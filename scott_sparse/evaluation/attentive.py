@@ -1,0 +1,143 @@
+"""The paper's three attentive heads on frozen tokens, trained side by side in one pass over the data.
+
+Each head decides for itself which tokens of an image to look at (arXiv 2502.18056, the released probe): `simple` by
+one score per token, `multihead` by one per token and head, `cross` by a learned query. Each head is trained at each
+learning rate and kept at ten epochs; the choice among them is a choice like any other, made where the protocol allows
+it.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from rich.progress import track
+from torch import nn
+
+from scott_sparse.evaluation.features import Features
+from scott_sparse.evaluation.metrics import check_fitting_set
+from scott_sparse.model.vit import SwiGLU, init_linear
+from scott_sparse.randomness import generator_at, seed_at
+from scott_sparse.shapes import Float, Int, Tensor
+
+RATES = (3e-4, 1e-3, 3e-3)
+DROPOUT = 0.2
+HEADS = 4
+KEPT = 10
+
+
+class SimpleHead(nn.Module):
+    """Softmax over the tokens of one linear score; their weighted mean; a linear classifier."""
+
+    def __init__(self, dim: int, classes: int):
+        super().__init__()
+        self.score = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(dim, 1))
+        self.dropout = nn.Dropout(DROPOUT)
+        self.classify = nn.Linear(dim, classes)
+
+    def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B K"]:
+        weight = self.dropout(self.score(tokens).softmax(dim=1))  # (B, N, 1)
+        return self.classify((weight * tokens).sum(1))
+
+
+class MultiHead(nn.Module):
+    """The same with a score per head, each for its share of projected features; then a small MLP."""
+
+    def __init__(self, dim: int, classes: int):
+        super().__init__()
+        self.score = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(dim, HEADS))
+        self.dropout = nn.Dropout(DROPOUT)
+        self.project = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(dim, dim), nn.LayerNorm(dim))
+        self.classify = nn.Sequential(
+            nn.SiLU(), nn.Linear(dim, dim), nn.LayerNorm(dim), nn.SiLU(), nn.Linear(dim, classes)
+        )
+
+    def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B K"]:
+        weight = self.dropout(self.score(tokens).softmax(dim=1))
+        shares = rearrange(self.project(tokens), "b n (h d) -> b n h d", h=HEADS)
+        return self.classify(rearrange((weight[..., None] * shares).sum(1), "b h d -> b (h d)"))
+
+
+class CrossHead(nn.Module):
+    """One learned query looks at the tokens, 4 heads; SwiGLU, LayerNorm, a linear classifier."""
+
+    def __init__(self, dim: int, classes: int):
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(dim))
+        nn.init.trunc_normal_(self.query, std=0.02)
+        self.tokens_norm, self.norm, self.last_norm = (nn.LayerNorm(dim) for _ in range(3))
+        self.ask, self.proj = (init_linear(nn.Linear(dim, dim, bias=False)) for _ in range(2))
+        self.key_value = init_linear(nn.Linear(dim, 2 * dim, bias=False))
+        self.dropout = nn.Dropout(DROPOUT)
+        self.ffn = SwiGLU(dim)
+        self.classify = init_linear(nn.Linear(dim, classes))
+
+    def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B K"]:
+        key, value = rearrange(self.key_value(self.tokens_norm(tokens)), "b n (two h d) -> two b h n d", two=2, h=HEADS)
+        query = rearrange(self.ask(self.query), "(h d) -> h 1 d", h=HEADS).expand(len(tokens), -1, -1, -1)
+        rate = DROPOUT if self.training else 0.0
+        found = F.scaled_dot_product_attention(query, key, value, dropout_p=rate)
+        x = self.norm(self.query + self.dropout(self.proj(rearrange(found, "b h 1 d -> b (h d)"))))
+        return self.classify(self.last_norm(x + self.ffn(x)))
+
+
+HEAD_TYPES = {"simple": SimpleHead, "multihead": MultiHead, "cross": CrossHead}
+
+
+@dataclass(frozen=True)
+class AttentiveProbe:
+    settings: list[dict]
+    heads: list[nn.Module]
+    device: torch.device
+
+    @torch.inference_mode()
+    def answers(self, features: Features, settings: Sequence[int]) -> Iterator[Float[Tensor, "m K"]]:
+        for i in settings:
+            head = self.heads[i].to(self.device)
+            yield torch.cat([head(part.to(self.device).float()).cpu() for part in features.tokens.split(256)])
+            head.cpu()
+
+
+def fit_attentive(
+    features: Features,
+    labels: Int[Tensor, " n"],
+    *,
+    classes: int,
+    device: torch.device,
+    epochs: int = 100,
+    batch: int = 64,
+) -> AttentiveProbe:
+    """AdamW with cosine decay, for each head and each of `RATES`.
+
+    Raises ValueError as `check_fitting_set` does, and where the tokens' width does not divide into 4 heads.
+    """
+    check_fitting_set(features.tokens, labels, classes)
+    dim = features.tokens.shape[-1]
+    if dim % HEADS:
+        raise ValueError(f"tokens are {dim} wide, which does not divide into the {HEADS} heads of the attentive probe.")
+    kinds = [(name, rate) for name in HEAD_TYPES for rate in RATES]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_at("attentive heads"))
+        heads = nn.ModuleList(HEAD_TYPES[name](dim, classes) for name, _ in kinds).to(device)
+        groups = [{"params": head.parameters(), "lr": rate} for head, (_, rate) in zip(heads, kinds)]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.04)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(labels) // batch))
+        keep = {-(-epochs * part // KEPT) for part in range(1, KEPT + 1)}
+        settings, snapshots = [], []
+        for epoch in track(range(1, epochs + 1), description="attentive heads", transient=True):
+            heads.train()
+            order = torch.randperm(len(labels), generator=generator_at("order of a probe", epoch))
+            for rows in order.split(batch):
+                tokens, expected = features.tokens[rows].to(device).float(), labels[rows].to(device)
+                # One sum for all: each head has parameters of its own, so its gradient is that of its own loss.
+                loss = sum(F.cross_entropy(head(tokens), expected) for head in heads)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            if epoch in keep:
+                settings += [{"head": name, "lr": rate, "epoch": epoch} for name, rate in kinds]
+                snapshots += [copy.deepcopy(head).eval().cpu() for head in heads]
+    return AttentiveProbe(settings, snapshots, device)

@@ -1,0 +1,1 @@
+"""Tokenizer, Transformer, predictor and losses: what is trained. Imports torch and einops only."""

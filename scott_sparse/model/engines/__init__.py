@@ -1,0 +1,1 @@
+"""How the tokenizer's sparse convolutions are computed: `dense`, `halo`, `spconv`."""

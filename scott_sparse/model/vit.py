@@ -1,0 +1,263 @@
+"""The Vision Transformer around the tokenizer: context encoder and predictor are the same blocks.
+
+Weight compatibility with the paper's code fixes two things a reader would not expect:
+* its block is not pre-norm: the second LayerNorm *overwrites* the residual stream (see `Block`);
+* there is no LayerNorm after the last block, and those inside have no affine parameters.
+"""
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import nn
+
+from scott_sparse.model.tokenizer import STAGES, PatchEmbed, SparseTokenizer
+from scott_sparse.shapes import Bool, Float, Tensor
+
+SIZES = {  # name: (width D, layers, heads)
+    "demo": (96, 3, 3),
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "paper": (384, 12, 4),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """What an encoder is made of; saved as JSON beside its weights."""
+
+    dim: int
+    depth: int
+    heads: int
+    patch_size: int = 16
+    tokenizer: str = "scott"
+    stem_width: int = 64
+    ffn: str = "swiglu"
+    mlp_ratio: float = 4.0
+    registers: int = 0
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    drop_path: float = 0.0
+
+    def __post_init__(self):
+        for name, most in (("dim", 16384), ("depth", 256), ("heads", 256), ("patch_size", 1024), ("stem_width", 16384)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} {getattr(self, name)} is outside 1 to {most}.")
+        if not 0 <= self.registers <= 1024:
+            raise ValueError(f"registers {self.registers} is outside 0 to 1024.")
+        if self.ffn == "mlp" and not 0 < self.mlp_ratio <= 64:  # SwiGLU has no use for it
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} is outside 0 to 64.")
+        if self.dim % 4 or self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} must be a multiple of 4 and of heads {self.heads}.")
+        if self.tokenizer not in ("scott", "patch"):
+            raise ValueError(f"unknown tokenizer {self.tokenizer!r}; expected 'scott' or 'patch'.")
+        if self.tokenizer == "scott" and self.patch_size not in STAGES:
+            raise ValueError(f"patch_size {self.patch_size} has no SCOTT stem; expected one of {sorted(STAGES)}.")
+        if self.ffn not in ("swiglu", "mlp"):
+            raise ValueError(f"unknown ffn {self.ffn!r}; expected 'swiglu' or 'mlp'.")
+        for name in ("dropout", "attention_dropout", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is outside [0, 1).")
+
+    @classmethod
+    def named(cls, size: str, **fields) -> "EncoderConfig":
+        """A size by name (`SIZES`) with any other field changed. Raises ValueError for an unknown name."""
+        if size not in SIZES:
+            raise ValueError(f"unknown size {size!r}; expected one of {', '.join(SIZES)}.")
+        dim, depth, heads = SIZES[size]
+        return cls(**{"dim": dim, "depth": depth, "heads": heads, **fields})
+
+
+class Encoder(nn.Module):
+    """Tokenizer and Transformer: images (B, 3, H, W) to features (B, N, D), for any grid."""
+
+    def __init__(self, config: EncoderConfig, *, engine: str = "auto"):
+        super().__init__()
+        self.config = config
+        if config.tokenizer == "scott":
+            self.tokenizer = SparseTokenizer(
+                config.dim, patch_size=config.patch_size, stem_width=config.stem_width, engine=engine
+            )
+        else:
+            self.tokenizer = PatchEmbed(config.dim, patch_size=config.patch_size)
+        self.transformer = Transformer(config)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.dim))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"] | None = None
+    ) -> Float[Tensor, "B N D"]:
+        """Features of all N patches; where hidden, the Transformer sees the learned mask token."""
+        tokens = self.tokenizer(images, visible)
+        if visible is not None:
+            tokens = torch.where(visible[..., None], tokens, self.mask_token.to(tokens.dtype))
+        return self.transformer(tokens, positions(self.tokenizer.grid(images), tokens))
+
+    def last_blocks(self, images: Float[Tensor, "B 3 H W"], count: int) -> list[Float[Tensor, "B N D"]]:
+        """Features of whole images after each of the last `count` blocks, the last one last."""
+        tokens = self.tokenizer(images)
+        return self.transformer.last_blocks(tokens, positions(self.tokenizer.grid(images), tokens), count)
+
+    def forward_visible(self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]) -> Float[Tensor, "B n D"]:
+        """Features of the visible patches alone, in raster order: no token is spent on what is hidden.
+
+        Every image must have the same number n of visible patches, as `draw_visible` gives; ValueError otherwise.
+        """
+        tokens, where = self.tokenizer.packed_by_image(images, visible)
+        return self.transformer(tokens, positions(self.tokenizer.grid(images), tokens)[where])
+
+
+class Predictor(nn.Module):
+    """The same Transformer on the context features of all N patches, then SiLU, LayerNorm, Linear."""
+
+    def __init__(self, config: EncoderConfig, depth: int):
+        super().__init__()
+        self.transformer = Transformer(dataclasses.replace(config, depth=depth), first_layer=config.depth + 1)
+        self.head = nn.Sequential(nn.SiLU(), nn.LayerNorm(config.dim), nn.Linear(config.dim, config.dim))
+        init_linear(self.head[-1])
+
+    def forward(self, features: Float[Tensor, "B N D"], grid: tuple[int, int]) -> Float[Tensor, "B N D"]:
+        return self.head(self.transformer(features, positions(grid, features)))
+
+
+class Transformer(nn.Module):
+    """Registers in front, positions added, blocks, registers dropped.
+
+    `first_layer` > 1 marks a predictor, whose layers count on from the backbone's in the initialisation.
+    """
+
+    def __init__(self, config: EncoderConfig, *, first_layer: int = 1):
+        super().__init__()
+        self.registers = nn.Parameter(torch.zeros(1, config.registers, config.dim)) if config.registers else None
+        if self.registers is not None:
+            nn.init.trunc_normal_(self.registers, std=0.02)
+        self.dropout = nn.Dropout(config.dropout)
+        # Stochastic depth grows linearly with the layer (arXiv 1603.09382).
+        rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        for layer, block in enumerate(self.blocks):
+            for last in (block.attention.proj, block.ffn.out):
+                last.weight.data /= math.sqrt(2 * (layer + 1))
+                if first_layer > 1:
+                    last.weight.data /= math.sqrt(2 * (layer + first_layer))
+
+    def forward(self, tokens: Float[Tensor, "B n D"], pos: Float[Tensor, "*B n D"]) -> Float[Tensor, "B n D"]:
+        return self.last_blocks(tokens, pos, 1)[0]
+
+    def last_blocks(
+        self, tokens: Float[Tensor, "B n D"], pos: Float[Tensor, "*B n D"], count: int
+    ) -> list[Float[Tensor, "B n D"]]:
+        x = tokens + pos
+        extra = 0
+        if self.registers is not None:
+            extra = self.registers.shape[1]
+            x = torch.cat([self.registers.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
+        x = self.dropout(x)
+        outputs = []
+        for layer, block in enumerate(self.blocks):
+            x = block(x)
+            if layer >= len(self.blocks) - count:
+                outputs.append(x[:, extra:])
+        return outputs
+
+
+class Block(nn.Module):
+    """x = x + attn(LN(x)); x = LN(x); x = x + ffn(x): as in the paper's code, not standard pre-norm."""
+
+    def __init__(self, config: EncoderConfig, drop_path: float):
+        super().__init__()
+        self.attention = Attention(config)
+        self.ffn = SwiGLU(config.dim) if config.ffn == "swiglu" else MLP(config.dim, config.mlp_ratio)
+        self.drop_path = drop_path
+
+    def forward(self, x: Float[Tensor, "B n D"]) -> Float[Tensor, "B n D"]:
+        x = x + self._drop(self.attention(layer_norm(x)))
+        x = layer_norm(x)
+        return x + self._drop(self.ffn(x))
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        if not self.training or self.drop_path == 0:
+            return branch
+        keep = 1 - self.drop_path
+        return branch * branch.new_empty(len(branch), 1, 1).bernoulli_(keep) / keep
+
+
+class Attention(nn.Module):
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.heads, self.attention_dropout = config.heads, config.attention_dropout
+        self.qkv = init_linear(nn.Linear(config.dim, 3 * config.dim, bias=False))
+        self.proj = init_linear(nn.Linear(config.dim, config.dim, bias=False))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Float[Tensor, "B n D"]) -> Float[Tensor, "B n D"]:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        rate = self.attention_dropout if self.training else 0.0
+        slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
+        attend = _attend_by_products if slow else F.scaled_dot_product_attention
+        x = attend(q, k, v, dropout_p=rate)
+        return self.dropout(self.proj(rearrange(x, "b h n d -> b n (h d)")))
+
+
+def _attend_by_products(
+    q: Float[Tensor, "B h n d"], k: Float[Tensor, "B h n d"], v: Float[Tensor, "B h n d"], *, dropout_p: float
+) -> Float[Tensor, "B h n d"]:
+    """Attention as two products: in bf16 on a CPU PyTorch's kernels take 2 to 12 times as long, mostly backward."""
+    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
+    return F.dropout(weights, dropout_p) @ v
+
+
+class SwiGLU(nn.Module):
+    """silu(x1) * x2 from one fused linear (arXiv 2002.05202), hidden width 8/3 D rounded to a multiple of 128."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        hidden = 128 * round(8 / 3 * dim / 128)
+        self.fused = init_linear(nn.Linear(dim, 2 * hidden, bias=False))
+        self.out = init_linear(nn.Linear(hidden, dim, bias=False))
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        gate, value = self.fused(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * value)
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int, ratio: float):
+        super().__init__()
+        self.fused = init_linear(nn.Linear(dim, int(ratio * dim), bias=False))
+        self.out = init_linear(nn.Linear(int(ratio * dim), dim, bias=False))
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        return self.out(F.gelu(self.fused(x)))
+
+
+def layer_norm(x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+    """LayerNorm over D without affine parameters."""
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def positions(grid: tuple[int, int], like: Float[Tensor, "*B D"]) -> Float[Tensor, "N D"]:
+    """Fixed 2-D sine-cosine positions: the first half of D encodes the row, the second half the column.
+
+    Each half is [sin, cos] of index / 10000**(i / (D/4)), i = 0 .. D/4 - 1 (arXiv 1706.03762, 2111.06377).
+    """
+    dim, device = like.shape[-1], like.device
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4))
+    axes = []
+    for length in grid:
+        angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * omega
+        axes.append(torch.cat([angle.sin(), angle.cos()], dim=1))
+    rows = repeat(axes[0], "h d -> (h w) d", w=grid[1])
+    columns = repeat(axes[1], "w d -> (h w) d", h=grid[0])
+    return torch.cat([rows, columns], dim=1).to(like.dtype)
+
+
+def init_linear(linear: nn.Linear) -> nn.Linear:
+    nn.init.trunc_normal_(linear.weight, std=0.02)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+    return linear

@@ -1,0 +1,1 @@
+"""Recipe, optimizer, checkpoints, log and monitor of a pretraining run."""

@@ -1,0 +1,104 @@
+"""Is it learning, or collapsing? What can be told from features without labels, and one verdict.
+
+A collapsed encoder says nearly the same of every image: its features span few directions. RankMe and LiDAR count them,
+softly; the deviation of the features goes to 0, the similarity of an image's tokens to 1.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from scott_sparse.distributed import whole
+from scott_sparse.shapes import Float, Tensor
+
+PATIENCE = 3  # reports without an improvement
+COLLAPSED = 1 / 4  # of the highest rank so far
+
+
+@dataclass(frozen=True)
+class Health:
+    """One report."""
+
+    epoch: float
+    loss: float | None
+    """Mean over the steps since the last report; None before the first."""
+    rankme: float
+    lidar: float
+    std: float
+    token_similarity: float
+    ema_distance: float
+    knn: float | None
+    """Per cent right on a sample of val; None without labels."""
+    knn_error: float | None
+    """Its standard error."""
+
+
+def rankme(features: Float[Tensor, "n C"]) -> float:
+    """Effective rank: exp of the entropy of the normalised singular values (arXiv 2210.02885), 1 to min(n, C)."""
+    return _effective_number(torch.linalg.svdvals(features.double()))
+
+
+def lidar(features: Float[Tensor, "n q C"], *, ridge: float = 1e-4) -> float:
+    """Rank of what differs between n images, measured by how q views of one image differ (arXiv 2312.04000).
+
+    exp of the entropy of the eigenvalues of the linear discriminant of images: 1 to min(n - 1, C). The published one
+    takes 1,000 images and 50 views of each; with fewer the number is lower, and comparable within a run only.
+    """
+    centres = features.double().mean(1)
+    between = torch.cov(centres.T)
+    within = (features.double() - centres[:, None]).flatten(0, 1)
+    within = within.T @ within / (features.shape[0] * (features.shape[1] - 1))
+    within += ridge * within.diagonal().mean().clamp(min=1e-12) * torch.eye(len(within), dtype=within.dtype)
+    whiten = torch.linalg.inv(torch.linalg.cholesky(within))
+    return _effective_number(torch.linalg.eigvalsh(whiten @ between @ whiten.T).clamp(min=0))
+
+
+def _effective_number(values: Float[Tensor, " r"]) -> float:
+    shares = values / values.sum().clamp(min=1e-30) + 1e-12
+    return torch.exp(-(shares * shares.log()).sum()).item()
+
+
+def feature_std(features: Float[Tensor, "n C"]) -> float:
+    """Mean deviation of unit-length features, times √C: 0 when collapsed, at most 1 (arXiv 2011.10566)."""
+    return F.normalize(features, dim=1).std(0).mean().item() * features.shape[1] ** 0.5
+
+
+def token_similarity(tokens: Float[Tensor, "n N D"]) -> float:
+    """Mean cosine between different tokens of the same image."""
+    n, count, _ = tokens.shape
+    total = F.normalize(tokens.float(), dim=2).sum(1).square().sum() / n
+    return ((total - count) / (count * max(count - 1, 1))).item()
+
+
+def ema_distance(target: nn.Module, encoder: nn.Module) -> float:
+    """|target - encoder| / |encoder| over all parameters; all processes take part."""
+    ours, theirs = (torch.cat([whole(p.detach()).flatten() for p in m.parameters()]) for m in (target, encoder))
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def verdict(reports: Sequence[Health]) -> str:
+    """learning, stalled or collapsing, and why, in one line.
+
+    Collapsing: RankMe is below a quarter of its highest value in this run. Stalled: for three reports nothing has
+    improved: neither k-NN, by its standard error, nor LiDAR or the loss, by one per cent.
+    """
+    now, highest = reports[-1], max(reports, key=lambda report: report.rankme)
+    if now.rankme < COLLAPSED * highest.rankme:
+        return f"collapsing: RankMe fell from {highest.rankme:.0f} to {now.rankme:.0f}"
+    earlier, recent = reports[:-PATIENCE], reports[-PATIENCE:]
+    if not earlier:
+        return "learning" if len(reports) > 1 else "starting"
+    improved = [max(r.lidar for r in recent) > 1.01 * max(r.lidar for r in earlier)]
+    before, since = ([r.loss for r in part if r.loss is not None] for part in (earlier, recent))
+    improved.append(not before or min(since, default=math.inf) < 0.99 * min(before))
+    if now.knn is not None:
+        best, of_now = (max(part, key=lambda report: report.knn) for part in (earlier, recent))
+        improved.append(of_now.knn > best.knn + best.knn_error)
+    if any(improved):
+        return "learning"
+    names = "LiDAR nor the loss" if now.knn is None else "k-NN, LiDAR nor the loss"
+    return f"stalled: neither {names} has improved since epoch {earlier[-1].epoch:g}"

@@ -1,0 +1,184 @@
+"""Decoded once: what is kept is what was decoded, and what is stale or torn is made anew."""
+
+import multiprocessing
+import os
+import pickle
+import resource
+
+import pytest
+import torch
+from conftest import write_photo
+
+from scott_sparse.data import cache
+from scott_sparse.data.cache import TRAILER, decode_once
+from scott_sparse.data.decode import decode
+from scott_sparse.data.sources import folder_source
+
+
+def decode_folder(root, kept, **changes):
+    settings = {"title": "photos", "short_side": 32, "keep_pixels": True, "read_ahead": 2**20, "folder": kept}
+    return decode_once(folder_source(root), **{**settings, **changes})
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The pictures decoded so far."""
+    seen = []
+    monkeypatch.setattr(cache, "decode", lambda picture, side: seen.append(picture) or decode(picture, side))
+    return seen
+
+
+def test_what_is_kept_is_what_was_decoded(photos, tmp_path, counted):
+    root = photos({"a": 3, "b": 2})
+    first = decode_folder(root, tmp_path / "kept")
+    assert len(counted) == 5 and not first.unreadable
+    again = decode_folder(root, tmp_path / "kept")
+    assert len(counted) == 5
+    for i, path in enumerate(folder_source(root).pictures):
+        expected = decode(path, 32)
+        assert torch.equal(torch.tensor(again.read(i)), expected)
+        assert again.sizes[i].tolist() == list(expected.shape[:2])
+    assert torch.equal(first.digests, again.digests) and len(set(first.digests.tolist())) == 5
+
+
+def test_without_pixels_only_the_index_is_kept(photos, tmp_path, counted):
+    root = photos({"a": 3, "b": 2})
+    kept = decode_folder(root, tmp_path / "kept")
+    streamed = decode_folder(root, tmp_path / "kept", keep_pixels=False)
+    assert len(counted) == 10
+    streamed = decode_folder(root, tmp_path / "kept", keep_pixels=False)
+    assert len(counted) == 10
+    assert torch.equal(streamed.sizes, kept.sizes) and torch.equal(streamed.digests, kept.digests)
+    assert all((streamed.read(i) == kept.read(i)).all() for i in range(5)) and len(counted) == 15
+    small, large = sorted(path.stat().st_size for path in (tmp_path / "kept").glob("*.images"))
+    assert large - small == pytest.approx(3 * int(kept.sizes.prod(1).sum()), abs=16)
+
+
+CHANGES = {
+    "another time": lambda path: os.utime(path, (1, 1)),
+    "another size": lambda path: write_photo(path, 90, 20),
+    "deleted": lambda path: path.unlink(),
+    "renamed": lambda path: path.rename(path.with_name("z.png")),
+    "one more": lambda path: write_photo(path.with_name("more.png"), 40, 40),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_stale_file_is_made_anew(change, photos, tmp_path, counted):
+    root = photos({"a": 3, "b": 2})
+    decode_folder(root, tmp_path / "kept")
+    CHANGES[change](root / "a" / "0.png")
+    counted.clear()
+    decoded = decode_folder(root, tmp_path / "kept")
+    assert len(counted) == len(decoded.sizes) == len(folder_source(root).pictures)
+    assert len(list((tmp_path / "kept").glob("*.images"))) == 1  # in the place of the stale one
+
+
+def test_settings_and_sets_have_files_of_their_own(photos, tmp_path):
+    root = photos({"a": 3, "b": 2})
+    for changes in ({}, {"short_side": 16}, {"title": "other"}, {"title": "../../etc/passwd\n"}):
+        decode_folder(root, tmp_path / "kept", **changes)
+    assert len(list((tmp_path / "kept").glob("*.images"))) == 4
+
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "empty": lambda path: path.write_bytes(b""),
+    "half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "one byte short": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "one byte more": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "first byte gone": lambda path: path.write_bytes(path.read_bytes()[1:]),
+    "garbage": lambda path: path.write_bytes(os.urandom(5000)),
+    "a pixel": lambda path: flip(path, 0),
+    "the index": lambda path: flip(path, -TRAILER.size - 5),
+    "the trailer": lambda path: flip(path, -30),
+    "the magic": lambda path: flip(path, -1),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size - 200) + path.read_bytes()[-200:]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("keep_pixels", [True, False])
+def test_a_torn_file_is_made_anew(damage, keep_pixels, photos, tmp_path, counted):
+    root = photos({"a": 3, "b": 2})
+    decode_folder(root, tmp_path / "kept", keep_pixels=keep_pixels)
+    (file,) = (tmp_path / "kept").glob("*.images")
+    whole = file.read_bytes()
+    DAMAGE[damage](file)
+    counted.clear()
+    decoded = decode_folder(root, tmp_path / "kept", keep_pixels=keep_pixels)
+    assert len(counted) == 5 and file.read_bytes() == whole
+    assert decoded.read(4).shape[2] == 3
+
+
+def test_a_killed_writer_leaves_nothing_that_is_used(photos, tmp_path, monkeypatch):
+    root = photos({"a": 3, "b": 2})
+    kept = tmp_path / "kept"
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.os, "replace", lambda *_: os._exit(9))  # the last moment before the file has its name
+        process = multiprocessing.get_context("fork").Process(target=decode_folder, args=(root, kept))
+        process.start()
+        process.join(30)
+    assert process.exitcode == 9 and not list(kept.glob("*.images")) and list(kept.glob("*.partial"))
+    assert len(decode_folder(root, kept).sizes) == 5
+    assert len(list(kept.glob("*.images"))) == 1 and not list(kept.glob("*.partial"))
+
+
+def _count_decoded(root, kept, results):
+    seen = []
+    cache.decode = lambda picture, side: seen.append(picture) or decode(picture, side)
+    pixels = decode_folder(root, kept).read(7)
+    results.put((len(seen), int(pixels.sum())))
+
+
+def test_of_several_processes_one_decodes(photos, tmp_path):
+    root = photos({"a": 20, "b": 20})
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=_count_decoded, args=(root, tmp_path / "kept", results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    answers = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert sorted(count for count, _ in answers) == [0, 0, 0, 40]
+    assert len({pixels for _, pixels in answers}) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_named(photos, tmp_path):
+    root = photos({"a": 3})
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot be kept in .*file.*--cache-dir.*--cache none"):
+        decode_folder(root, tmp_path / "file" / "kept")
+
+
+def test_a_full_disk_is_named_and_left_clean(photos, tmp_path):
+    root = photos({"a": 3})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # as a full disk: the fifth kilobyte cannot be written
+    try:
+        with pytest.raises(ValueError, match=r"cannot be kept in .*make room"):
+            decode_folder(root, tmp_path / "kept")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "kept").glob("*.images")) and not list((tmp_path / "kept").glob("*.partial"))
+
+
+def test_another_process_maps_the_file_instead_of_copying_it(photos, tmp_path):
+    decoded = decode_folder(photos({"a": 30, "b": 30}), tmp_path / "kept")
+    assert int(decoded.sizes.prod(1).sum()) * 3 > 20_000
+    sent = pickle.dumps(decoded.read)
+    assert len(sent) < 5_000 and (pickle.loads(sent)(59) == decoded.read(59)).all()
+
+
+def test_a_picture_that_has_gone_bad_is_named(photos, tmp_path):
+    root = photos({"a": 3})
+    streamed = decode_folder(root, tmp_path / "kept", keep_pixels=False)
+    (root / "a" / "1.png").write_bytes(b"gone")
+    with pytest.raises(ValueError, match=r"a/1\.png could be read when the run began"):
+        streamed.read(1)

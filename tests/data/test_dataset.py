@@ -1,0 +1,256 @@
+"""Folders in their forms, honest splits, and one clear line for each mistake."""
+
+import itertools
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_photo
+from PIL import Image
+
+from scott_sparse.data.dataset import DataConfig, Images, UnreadableImages, open_data, select
+from scott_sparse.data.petals import CLASSES
+
+
+def opened(root, tmp_path, *, short_side=32, **config):
+    return open_data(DataConfig(data=str(root), cache_dir=tmp_path / "kept", **config), short_side=short_side)
+
+
+def counts(data):
+    return [len(part or ()) for part in (data.pretrain, data.fit, data.choose, data.report)]
+
+
+FORMS = {
+    # name: folders, then images to pretrain on, fit, choose and report with in the clean and in the paper protocol
+    "train, val, test": (
+        {"train/a": 5, "train/b": 4, "val/a": 2, "val/b": 2, "test/a": 3, "test/b": 1},
+        (13, 9, 4, 4),
+        (17, 13, 4, 4),
+    ),
+    "train, test": ({"train/a": 20, "train/b": 10, "test/a": 3, "test/b": 1}, (30, 27, 3, 4), (34, 30, 4, 4)),
+    "train, val": ({"train/a": 20, "train/b": 10, "val/a": 3, "val/b": 1}, (30, 27, 3, 4), (34, 30, 4, 4)),
+    "class folders": ({"a": 20, "b": 10, "c": 3}, (29, 25, 4, 4), (33, 29, 4, 4)),
+    "one class": ({"only": 7}, (7, 7, 0, 0), (7, 7, 0, 0)),
+    "no labels": ({".": 2, "2023": 3, "2024/sommer/köln": 4}, (9, 9, 0, 0), (9, 9, 0, 0)),
+    "no labels, splits": ({"train": 4, "test": 2}, (4, 4, 0, 2), (6, 4, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_and_protocols(form, photos, tmp_path):
+    folders, clean, paper = FORMS[form]
+    root = photos(folders)
+    data = opened(root, tmp_path)
+    assert tuple(counts(data)) == clean
+    assert tuple(counts(opened(root, tmp_path, protocol="paper"))) == paper
+    labelled = form not in ("one class", "no labels", "no labels, splits")
+    assert (data.classes is not None) == labelled and (data.fit.labels is not None) == labelled
+    assert data.leaked == 0 and data.unreadable == {}
+
+
+PUBLISHED = [("train",), ("train", "test"), ("train", "val", "test"), ("train", "unlabelled")]
+
+
+@pytest.mark.parametrize("published", PUBLISHED)
+def test_protocols_keep_splits_apart(published):
+    """Clean: nobody but the report sees a test image, and choices are made on images that no probe was fitted on."""
+    labels = [i % 7 for i in range(700)]
+    names = [f"{i}.jpg" for i in range(700)]
+    bounds = [700 * i // len(published) for i in range(len(published) + 1)]
+    splits = {name: range(*pair) for name, pair in zip(published, itertools.pairwise(bounds))}
+    clean = {role: set(part) for role, part in select("clean", splits, names, labels).items()}
+    assert not clean["report"] & (clean["pretrain"] | clean["fit"] | clean["choose"])
+    assert not clean["fit"] & clean["choose"] and clean["fit"] | clean["choose"] <= clean["pretrain"]
+    assert clean["pretrain"] | clean["report"] == set(range(700))
+    paper = {role: set(part) for role, part in select("paper", splits, names, labels).items()}
+    assert paper["pretrain"] == set(range(700)) and not paper["fit"] & paper["report"]
+    assert paper["choose"] == (set(splits["val"]) if "val" in splits else paper["report"])
+    assert paper["choose"] <= paper["fit"] or "val" not in splits
+
+
+def test_a_tenth_is_stratified_and_depends_on_names_alone():
+    names, labels = [f"c{i % 3}/{i}.jpg" for i in range(300)], [i % 3 for i in range(300)]
+    first = select("clean", {"train": range(300)}, names, labels)
+    assert np.bincount([labels[i] for i in first["report"]]).tolist() == [10, 10, 10]
+    assert np.bincount([labels[i] for i in first["choose"]]).tolist() == [9, 9, 9]
+    order = torch.randperm(300).tolist()
+    again = select("clean", {"train": range(300)}, [names[i] for i in order], [labels[i] for i in order])
+    for role in ("fit", "choose", "report"):
+        assert {names[i] for i in first[role]} == {names[order[i]] for i in again[role]}
+    # Pinned: the same images on every machine, for ever.
+    assert sorted(names[i] for i in first["report"] if labels[i] == 0)[:3] == PINNED
+
+
+PINNED = ["c0/117.jpg", "c0/156.jpg", "c0/18.jpg"]
+
+
+def test_images_are_shrunk_to_the_short_side(tmp_path):
+    write_photo(tmp_path / "x" / "0.png", 200, 100)
+    write_photo(tmp_path / "x" / "1.png", 30, 40)
+    data = opened(tmp_path / "x", tmp_path, short_side=50)
+    assert data.pretrain.sizes.tolist() == [[100, 50], [30, 40]]
+
+
+def test_cut_returns_the_boxes_padded():
+    images = [torch.randint(0, 256, (h, w, 3)).byte() for h, w in ((4, 5), (7, 3), (1, 5000))]
+    boxes = torch.tensor([[[0, 7, 1, 4], [0, 0, 1, 1]], [[2, 1, 5, 2], [0, 0, 7, 3]]])
+    cuts = Images.of(images).cut(torch.tensor([2, 1]), boxes)
+    assert cuts.shape == (2, 2, 7, 4, 3)  # as large as the largest box, not as the largest image
+    for row, image, of_image in zip(cuts, (images[2], images[1]), boxes.tolist()):
+        for cut, (top, left, height, width) in zip(row, of_image):
+            assert torch.equal(cut[:height, :width], image[top : top + height, left : left + width])
+            assert not cut[height:].any() and not cut[:, width:].any()
+
+
+def test_a_part_of_the_images_is_their_rows():
+    images = Images.of([torch.full((2, i + 1, 3), i).byte() for i in range(5)], torch.arange(5))
+    part = images[torch.tensor([4, 1])][torch.tensor([1, 0])]
+    assert part.labels.tolist() == [1, 4] and part.names == ["1", "4"] and part.sizes.tolist() == [[2, 2], [2, 5]]
+    assert (part.cut(torch.tensor([1]), torch.tensor([[[0, 0, 2, 5]]])) == 4).all()
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+def test_decoded_in_advance_or_when_asked_for_is_the_same(cache, photos, tmp_path):
+    data = opened(photos({"a": 12, "b": 12}), tmp_path, cache=cache)
+    boxes = torch.tensor([[[0, 0, 20, 20]]]).expand(len(data.pretrain), 1, 4)
+    pixels = data.pretrain.cut(torch.arange(len(data.pretrain)), boxes)
+    other = opened(tmp_path / "photos", tmp_path)
+    assert torch.equal(pixels, other.pretrain.cut(torch.arange(len(other.pretrain)), boxes))
+    assert data.fingerprint == other.fingerprint
+
+
+def test_petals(tmp_path):
+    data = open_data(DataConfig(data="petals"), short_side=96)
+    assert counts(data) == [5000, 4000, 1000, 1000] and data.classes == CLASSES
+    assert data.report.labels.bincount().tolist() == [40] * 25
+
+
+def test_a_test_image_in_the_training_set_is_counted(photos, tmp_path):
+    root = photos({"train/a": 5, "train/b": 5, "test/a": 3, "test/b": 3})
+    (root / "train" / "b" / "copy.png").write_bytes((root / "test" / "a" / "1.png").read_bytes())
+    assert opened(root, tmp_path).leaked == 1
+    assert opened(root, tmp_path, protocol="paper").leaked == 0  # there it is seen by intent
+
+
+def test_the_fingerprint_follows_pixels_and_labels_not_places(photos, tmp_path):
+    root = photos({"a": 12, "b": 12})
+    first = opened(root, tmp_path).fingerprint
+    moved = root.rename(tmp_path / "moved")
+    assert opened(moved, tmp_path).fingerprint == first
+    write_photo(moved / "b" / "0.png", 50, 50, seed=99)
+    assert opened(moved, tmp_path).fingerprint != first
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: root / "nowhere", "no such folder; expected a folder of images, hf:OWNER/NAME, petals, elpv"),
+        (lambda root: root, "no image in"),
+        (lambda root: (root / "notes.txt").write_text("x") and root, "no image in"),
+        (lambda root: (root / "train").mkdir() or root, r"no image in .*train"),
+    ],
+)
+def test_folders_without_images(tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        opened(make(tmp_path), tmp_path)
+
+
+def test_no_images_named():
+    with pytest.raises(ValueError, match="--data needs a folder"):
+        open_data(DataConfig(), short_side=32)
+
+
+def test_an_empty_class_folder_is_named(photos, tmp_path):
+    root = photos({"a": 3, "b": 3})
+    (root / "c").mkdir()
+    with pytest.raises(ValueError, match=r"class folder .*c holds no image"):
+        opened(root, tmp_path)
+
+
+def test_links_are_followed_but_not_in_circles(photos, tmp_path):
+    root = photos({"a": 3, "b": 3})
+    elsewhere = photos({"more": 2}, name="elsewhere")
+    (root / "linked").symlink_to(elsewhere, target_is_directory=True)
+    (elsewhere / "back").symlink_to(root, target_is_directory=True)
+    (root / "self").symlink_to(root / "self")
+    data = opened(root, tmp_path)
+    assert sorted(data.pretrain.names) == sorted(
+        [f"{name}/{i}.png" for name in "ab" for i in range(3)] + [f"linked/more/{i}.png" for i in range(2)]
+    )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_a_forbidden_folder_is_not_passed_over(photos, tmp_path):
+    root = photos({"a": 3, "b": 3})
+    (root / "b").chmod(0)
+    with pytest.raises(PermissionError):
+        opened(root, tmp_path)
+
+
+@pytest.fixture
+def spoilt(photos):
+    """Eight good images; a torn, an empty, a dangling, a textual one and a pipe."""
+    root = photos({"a": 4, "b": 4})
+    Image.new("RGB", (64, 64), "red").save(root / "a" / "torn.jpg")
+    (root / "a" / "torn.jpg").write_bytes((root / "a" / "torn.jpg").read_bytes()[:300])
+    (root / "a" / "empty.png").touch()
+    (root / "b" / "dangling.png").symlink_to(root / "gone.png")
+    (root / "b" / "text.jpg").write_text("not an image")
+    os.mkfifo(root / "b" / "pipe.jpg")
+    return root
+
+
+BAD = {"a/torn.jpg", "a/empty.png", "b/dangling.png", "b/text.jpg", "b/pipe.jpg"}
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+def test_unreadable_images_stop_with_the_list(cache, spoilt, tmp_path):
+    for _ in range(2):  # from the files, then from the cache
+        with pytest.raises(UnreadableImages) as error:
+            opened(spoilt, tmp_path, cache=cache)
+        first, *rest = str(error.value).splitlines()
+        assert first.startswith("5 of 13 images cannot be read") and "--skip-unreadable" in first
+        assert {line.split(": ")[0] for line in rest} == BAD and all(line.split(": ")[1] for line in rest)
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+def test_unreadable_images_are_left_out_when_asked_to(cache, spoilt, tmp_path):
+    data = opened(spoilt, tmp_path, cache=cache, skip_unreadable=True)
+    assert set(data.unreadable) == BAD
+    seen = {*data.pretrain.names, *data.report.names}
+    assert seen == {f"{name}/{i}.png" for name in "ab" for i in range(4)}
+    assert data.pretrain.sizes.min() > 0
+
+
+def test_nothing_readable_stops_in_any_case(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "0.jpg").touch()
+    with pytest.raises(UnreadableImages, match="1 of 1 images"):
+        opened(tmp_path / "x", tmp_path, skip_unreadable=True)
+
+
+def test_a_long_list_is_cut(tmp_path):
+    (tmp_path / "x").mkdir()
+    for i in range(150):
+        (tmp_path / "x" / f"{i}.jpg").touch()
+    with pytest.raises(UnreadableImages) as error:
+        opened(tmp_path / "x", tmp_path)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 102 and lines[-1] == "... and 50 more"
+
+
+def test_names_in_any_script(tmp_path):
+    root = tmp_path / "x"
+    names = ["花/été.png", "花/كلب.png", "ζώα/🐈.png", "ζώα/with\nnewline.png", "ζώα/'quotes' & co.png"]
+    for name in names:
+        write_photo(root / name, 20, 20)
+    torn = os.fsencode(root / "ζώα") + b"/not-utf8-\xff.png"
+    with open(torn, "wb"):
+        pass
+    with pytest.raises(UnreadableImages) as error:
+        opened(root, tmp_path)
+    assert r"ζώα/not-utf8-\xff.png" in str(error.value) and str(error.value).encode()
+    data = opened(root, tmp_path, skip_unreadable=True)
+    assert {*data.pretrain.names, *data.report.names} == set(names) and json.dumps(list(data.unreadable))

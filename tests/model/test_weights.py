@@ -1,0 +1,72 @@
+"""Encoders survive the disk, and a load that does not fit stops."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from scott_sparse import Encoder, EncoderConfig, from_paper_checkpoint, load_encoder, save_encoder
+from scott_sparse.model.weights import CONFIG, WEIGHTS
+
+TINY = EncoderConfig(dim=32, depth=2, heads=4, stem_width=8, registers=1)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    encoder = Encoder(TINY).eval()
+    save_encoder(encoder, tmp_path / "run")
+    return encoder, tmp_path / "run"
+
+
+def test_round_trip(saved):
+    encoder, folder = saved
+    images = torch.randn(2, 3, 32, 48)
+    again = load_encoder(folder)
+    assert again.config == TINY and not again.training
+    assert torch.equal(again(images), encoder(images))
+    assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS["target"]]
+
+
+def test_engines_share_one_checkpoint(saved):
+    _, folder = saved
+    images = torch.randn(2, 3, 32, 48)
+    visible = torch.tensor([[True, False, True, False, False, True]] * 2)
+    expected = load_encoder(folder, engine="dense")(images, visible)
+    for engine in ("spconv", "tiles"):
+        assert torch.allclose(load_encoder(folder, engine=engine)(images, visible), expected, atol=1e-5)
+
+
+def test_an_encoder_is_exported_for_any_batch(saved):
+    encoder, folder = saved
+    images = torch.randn(5, 3, 32, 48)
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(load_encoder(folder), (images[:2],), dynamic_shapes=({0: batch},)).module()
+    assert torch.allclose(exported(images), encoder(images), atol=1e-6)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(ValueError, match="no encoder in"):
+        load_encoder(tmp_path)
+
+
+def test_weights_of_another_size_are_refused(saved):
+    _, folder = saved
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "dim": 64}))
+    with pytest.raises(ValueError, match=r"mask_token has shape \[1, 1, 32\], expected \[1, 1, 64\]"):
+        load_encoder(folder)
+
+
+def test_missing_tensor_is_refused(saved):
+    _, folder = saved
+    state = load_file(folder / WEIGHTS["target"])
+    state.pop("mask_token")
+    save_file(state, folder / WEIGHTS["target"])
+    with pytest.raises(ValueError, match="mask_token"):
+        load_encoder(folder)
+
+
+def test_a_strangers_checkpoint_is_refused():
+    with pytest.raises(ValueError, match="no tensor of the paper's checkpoints"):
+        from_paper_checkpoint({"backbone.conv1.weight": torch.zeros(1)})

@@ -1,0 +1,79 @@
+"""The README's snippets run, its file tree exists, and its commands name real recipes and flags."""
+
+import dataclasses
+import re
+import shlex
+
+import attentive
+import extract
+import linear
+import pytest
+import tyro
+from conftest import ROOT
+
+from scott_sparse import Encoder, EncoderConfig, save_encoder
+from scott_sparse.evaluation import probe as protocol
+from scott_sparse.training import recipe as recipes
+
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LINES = [
+    line.split("#")[0] for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()
+]
+COMMANDS = [line for line in LINES if "train/pretrain.py" in line]
+QUESTIONS = {
+    "knn": protocol.Question,
+    "linear": linear.LinearQuestion,
+    "attentive": attentive.AttentiveQuestion,
+    "fewshot": protocol.Question,
+    "extract": extract.ExtractQuestion,
+}
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.split("\n")[1])
+def test_snippets_run(snippet, tmp_path):
+    save_encoder(Encoder(EncoderConfig.named("demo", patch_size=8)), tmp_path)
+    names = {}
+    exec(snippet.replace('"RUN"', repr(str(tmp_path))), names)
+    # Shapes promised in comments, such as "# (4, 140, 384)".
+    for name, shape in re.findall(r"^(\w+)(?:, \w+)? = .*# \((\d+(?:, \d+)+)\)", snippet, re.MULTILINE):
+        assert str(tuple(names[name].shape)) == f"({shape})", name
+
+
+def test_there_are_snippets_and_commands():
+    assert len(SNIPPETS) == 2 and len(COMMANDS) >= 3
+
+
+def test_file_tree_exists_and_is_complete():
+    tree = re.search(r"```\n(scott_sparse/.*?)```", README, re.DOTALL).group(1)
+    named, folder = {}, None
+    for word in tree.split():
+        if word.endswith("/"):
+            folder = word.rstrip("/")
+        named.setdefault(folder, set()).add(word.rstrip("/"))
+    for folder, names in named.items():
+        for name in names - {folder}:
+            assert (ROOT / folder / name).exists(), f"{folder}/{name}"
+    for folder in ("scott_sparse", "train", "eval"):
+        there = {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+        assert there == named[folder] - {folder}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command):
+    arguments = shlex.split(command)
+    arguments = arguments[arguments.index("train/pretrain.py") + 1 :]
+    name, recipe = recipes.parse(arguments)
+    assert name in recipes.RECIPES and dataclasses.is_dataclass(recipe)
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if "eval/" in line and "table.py" not in line])
+def test_questions_parse(line):
+    script, arguments = re.search(r"eval/(\w+)\.py(.*)", line).groups()
+    question = tyro.cli(QUESTIONS[script], args=shlex.split(arguments), config=(tyro.conf.OmitArgPrefixes,))
+    assert question.run or question.timm
+
+
+def test_no_markdown_link_is_dead():
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / target).exists(), target

@@ -188,13 +188,13 @@ def run_cell(bench: Bench, name: str, seed: int, length: float) -> dict:
     elif cell.how == "supervised":
         encoder, told = supervised.train(recipe, data)
     subject = Pixels(recipe.patch_size) if cell.how == "pixels" else FrozenEncoder(encoder)
-    fit, choose, test = (extract(subject, part, size=recipe.sides) for part in (data.fit, data.choose, data.report))
+    fit, choose, test = (extract(subject, part, size=recipe.sides) for part in (data.train, data.val, data.test))
     row = {"bench": bench.label, "cell": name, "seed": seed}
-    for probe_name, probe in probes(fit, data.fit.labels, len(data.classes)).items():
-        choice, val, _ = protocol.choose(probe, choose, data.choose.labels)
+    for probe_name, probe in probes(fit, data.train.labels, len(data.classes)).items():
+        choice, val, _ = protocol.val(probe, choose, data.val.labels)
         (answers,) = probe.answers(test, [choice])
         row |= {f"{probe_name}_val": round(val.top1, 2)}
-        row |= {f"{probe_name}_test": round(score(answers, data.report.labels).top1, 2)}
+        row |= {f"{probe_name}_test": round(score(answers, data.test.labels).top1, 2)}
         row |= {f"{probe_name}_choice": probe.settings[choice]}
     row |= {key: told.get(key) for key in ("train_seconds", "steps", "own_test")}
     shutil.rmtree(out)

@@ -28,10 +28,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from scott_sparse.data.batches import Batches, load
-from scott_sparse.data.cache import cores
 from scott_sparse.data.dataset import DataConfig, open_data, short_side_for
 from scott_sparse.data.sources import walk
 from scott_sparse.data.views import IMAGENET_MEAN, IMAGENET_STD, ViewConfig, make_views
+from scott_sparse.distributed import cpu_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def main() -> None:
 
 def measure(settings: Settings, folder: Path, cache_dir: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(cores())
+    torch.set_num_threads(cpu_count())
     config, size = ViewConfig(), (settings.image_size, settings.image_size)
 
     def first_batch(cache: str) -> tuple[float, Batches]:
@@ -140,10 +140,10 @@ def measure(settings: Settings, folder: Path, cache_dir: Path) -> None:
 def ours(batches: Batches, settings: Settings, device: torch.device) -> float:
     if device.type == "cuda":
         return rate(training_process(batches, settings, device), settings, device)
-    with multiprocessing.get_context("fork").Pool(cores()) as pool:  # as many as train on a CPU, each for itself
-        shares = [dataclasses.replace(batches, process=i, processes=cores()) for i in range(cores())]
+    with multiprocessing.get_context("fork").Pool(cpu_count()) as pool:  # as many as train on a CPU, each for itself
+        shares = [dataclasses.replace(batches, process=i, processes=cpu_count()) for i in range(cpu_count())]
         rates = pool.starmap(in_one_process, [(share, settings) for share in shares], chunksize=1)
-    return sum(rates) / cores()  # each makes its share of the batches that it counts
+    return sum(rates) / cpu_count()  # each makes its share of the batches that it counts
 
 
 def in_one_process(batches: Batches, settings: Settings) -> float:
@@ -154,14 +154,14 @@ def in_one_process(batches: Batches, settings: Settings) -> float:
 
 def training_process(batches: Batches, settings: Settings, device: torch.device):
     size = (settings.image_size, settings.image_size)
-    workers = min(cores(), 8) if device.type == "cuda" else 0
+    workers = min(cpu_count(), 8) if device.type == "cuda" else 0
     for (part,) in load(batches, range(10**6), workers=workers, pin=device.type == "cuda"):
         yield make_views(part.cuts.to(device, non_blocking=True), part.views, size=size)
 
 
 def torchvision(views: PilViews, settings: Settings):
     while True:
-        yield from DataLoader(views, settings.batch_size, shuffle=True, num_workers=cores(), drop_last=True)
+        yield from DataLoader(views, settings.batch_size, shuffle=True, num_workers=cpu_count(), drop_last=True)
 
 
 def rate(views, settings: Settings, device: torch.device) -> float:
@@ -200,7 +200,7 @@ def spread(numbers: list[float], digits: int) -> str:
 
 def show(settings: Settings, files: list[Path], rates: dict[str, list[float]], device: torch.device) -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    table = Table(title=f"two {settings.image_size} px views, {len(files):,} files, {cores()} cores, {name}")
+    table = Table(title=f"two {settings.image_size} px views, {len(files):,} files, {cpu_count()} cores, {name}")
     for column in ("path", "images/s", "against PIL"):
         table.add_column(column, justify="left" if column == "path" else "right")
     *_, baseline = rates.values()

@@ -114,13 +114,13 @@ class Step:
         part = self.batches[self.number][0]
         if self.plain:
             part = self._masks_by_loop(part)
-        context, uncovered = make_views(part.cuts.to(self.device), part.views, size=self.recipe.sides)
+        context, target_images = make_views(part.cuts.to(self.device), part.views, size=self.recipe.sides)
         visible = part.visible.to(self.device, non_blocking=True)
         mark("input")
         set_schedules(self.optimizer, self.schedules, self.number % 100)
         directions = directions_at(self.recipe, self.number, self.device)
         with torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext():
-            targets = target_features(self.target, uncovered)
+            targets = target_features(self.target, target_images)
             mark("target")
             loss = self.model(context, visible, targets, directions)["loss"]
         mark("loss")

@@ -21,11 +21,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "train"))
 
 from scott_sparse import Encoder, save_encoder  # noqa: E402
-from scott_sparse.cli import plain_errors  # noqa: E402
+from scott_sparse.cli import exit_on_user_error  # noqa: E402
 from scott_sparse.data.batches import Batches, load  # noqa: E402
 from scott_sparse.data.dataset import Data, open_data, short_side_for  # noqa: E402
 from scott_sparse.data.views import make_views  # noqa: E402
-from scott_sparse.evaluation.features import whole_images  # noqa: E402
+from scott_sparse.evaluation.features import eval_images  # noqa: E402
 from scott_sparse.randomness import batch_indices  # noqa: E402
 from scott_sparse.training.optim import adamw, set_schedules  # noqa: E402
 from scott_sparse.training.recipe import Recipe, parse  # noqa: E402 - a neighbour of the scripts in train/
@@ -41,7 +41,7 @@ class Classifier(torch.nn.Module):
 
 
 def main() -> None:
-    with plain_errors():
+    with exit_on_user_error():
         _, recipe = parse(sys.argv[1:])
         data = open_data(recipe.source, short_side=short_side_for(recipe.sides))
         if data.classes is None:
@@ -60,7 +60,7 @@ def train(recipe: Recipe, data: Data) -> tuple[Encoder, dict]:
     model = Classifier(Encoder(recipe.encoder), len(data.classes)).train()
     optimizer = adamw(model)
     views = dataclasses.replace(recipe.views, crops=1)
-    batches = Batches(data.fit, views, recipe.grid, recipe.hide_ratio, recipe.mask, recipe.batch_size, recipe.seed)
+    batches = Batches(data.train, views, recipe.grid, recipe.hide_ratio, recipe.mask, recipe.batch_size, recipe.seed)
     # As many images as pretraining sees, though fewer of them have labels.
     schedules = recipe.schedules(len(data.pretrain) // recipe.batch_size)
     steps = schedules.total_steps
@@ -68,8 +68,8 @@ def train(recipe: Recipe, data: Data) -> tuple[Encoder, dict]:
     for step, (part,) in enumerate(track(load(batches, range(steps), workers=0, pin=False), total=steps)):
         set_schedules(optimizer, schedules, step)
         context, _ = make_views(part.cuts, part.views, size=recipe.sides)
-        rows = batch_indices(step, images=len(data.fit), batch=recipe.batch_size, seed=recipe.seed)
-        loss = F.cross_entropy(model(context[:, 0]), data.fit.labels[rows])
+        rows = batch_indices(step, images=len(data.train), batch=recipe.batch_size, seed=recipe.seed)
+        loss = F.cross_entropy(model(context[:, 0]), data.train.labels[rows])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or float("inf"))
@@ -77,9 +77,9 @@ def train(recipe: Recipe, data: Data) -> tuple[Encoder, dict]:
     seconds = time.perf_counter() - started
     model.eval()
     with torch.inference_mode():
-        parts = torch.arange(len(data.report)).split(256)
-        said = torch.cat([model(whole_images(data.report, rows, size=recipe.sides)).argmax(1) for rows in parts])
-    own = 100 * (said == data.report.labels).double().mean().item()
+        parts = torch.arange(len(data.test)).split(256)
+        said = torch.cat([model(eval_images(data.test, rows, size=recipe.sides)).argmax(1) for rows in parts])
+    own = 100 * (said == data.test.labels).double().mean().item()
     return model.encoder, {
         "own_test": round(own, 2),
         "train_seconds": round(seconds, 1),

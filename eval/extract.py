@@ -9,18 +9,18 @@ pretraining would see and, where there is a test set, that (see --protocol); met
 """
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from scott_sparse.data.batches import default_workers
 from scott_sparse.data.dataset import open_data, short_side_for
-from scott_sparse.evaluation.features import extract, processes
+from scott_sparse.distributed import process_state
+from scott_sparse.evaluation.features import extract
 from scott_sparse.evaluation.probe import Question, ask, open_subject
-from scott_sparse.model.weights import write_beside
+from scott_sparse.files import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +30,15 @@ class ExtractQuestion(Question):
 
 
 def main(question: ExtractQuestion) -> None:
-    state = processes()
+    state = process_state()
     subject = open_subject(question)
     data = open_data(question.source, short_side=short_side_for(subject.size))
     workers = default_workers(streamed=question.source.cache == "none", on_gpu=state.device.type == "cuda")
     model = subject.model.to(state.device).eval()
     parts = [data.pretrain]
-    if data.report is not None:
-        unseen = ~torch.isin(data.report.rows, data.pretrain.rows)
-        parts += [data.report[unseen.nonzero()[:, 0]]] if unseen.any() else []
+    if data.test is not None:
+        unseen = ~torch.isin(data.test.rows, data.pretrain.rows)
+        parts += [data.test[unseen.nonzero()[:, 0]]] if unseen.any() else []
     found = [extract(model, part, size=subject.size, tokens=question.patches, workers=workers) for part in parts]
     if not state.is_main_process:
         return
@@ -48,8 +48,7 @@ def main(question: ExtractQuestion) -> None:
         tensors["patches"] = torch.cat([features.tokens for features in found])
     names = [name for part in parts for name in part.names]
     metadata = {"names": json.dumps(names), "image_size": json.dumps(subject.size)}
-    question.file.parent.mkdir(parents=True, exist_ok=True)
-    write_beside(question.file, functools.partial(save_file, tensors, metadata=metadata))
+    write_atomically(question.file, save(tensors, metadata=metadata))
     print(f"{question.file}: {', '.join(f'{name} {tuple(tensor.shape)}' for name, tensor in tensors.items())}")
 
 

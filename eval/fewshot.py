@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from scott_sparse.evaluation.features import processes
+from scott_sparse.distributed import process_state
 from scott_sparse.evaluation.linear import Scale, fit_lbfgs
 from scott_sparse.evaluation.metrics import Scores, check_fitting_set, score
 from scott_sparse.evaluation.probe import Frozen, Question, ask, frozen_features, write
@@ -28,11 +28,11 @@ DRAWS = 5
 def main(question: Question) -> None:
     started = time.perf_counter()
     frozen = frozen_features(question)
-    if not processes().is_main_process:
+    if not process_state().is_main_process:
         return
-    check_fitting_set(frozen.fit.mean, frozen.fit_labels, len(frozen.data.classes))
-    scale = Scale.of(frozen.fit.mean)
-    fit, test = scale(frozen.fit.mean), scale(frozen.report.mean)
+    check_fitting_set(frozen.train.mean, frozen.train_labels, len(frozen.data.classes))
+    scale = Scale.of(frozen.train.mean)
+    fit, test = scale(frozen.train.mean), scale(frozen.test.mean)
     results = {shots: [few_shot(frozen, fit, test, shots, draw) for draw in range(DRAWS)] for shots in SHOTS}
     shown = {
         str(shots): {
@@ -58,10 +58,10 @@ def main(question: Question) -> None:
 
 def few_shot(frozen: Frozen, fit: Float[Tensor, "n C"], test: Float[Tensor, "m C"], shots: int, draw: int) -> Scores:
     """Fit on `shots` images of each class, all of them where a class has fewer, and score on test."""
-    labels, classes = frozen.fit_labels, len(frozen.data.classes)
+    labels, classes = frozen.train_labels, len(frozen.data.classes)
     rows = draw_shots(labels, shots, draw)
     (layer,) = fit_lbfgs(fit[rows], labels[rows], classes=classes, penalties=(1 / len(rows),))
-    return score(F.linear(test, *layer), frozen.data.report.labels)
+    return score(F.linear(test, *layer), frozen.data.test.labels)
 
 
 def draw_shots(labels: Int[Tensor, " n"], shots: int, draw: int) -> Int[Tensor, " m"]:

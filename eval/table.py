@@ -10,14 +10,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from scott_sparse.cli import plain_errors
+from scott_sparse.cli import exit_on_user_error
 
 OURS = ("pixels", "random", "context", "pretrained")
 COLUMNS = ("knn", "linear", "attentive")
 
 
 def main(runs: list[str]) -> None:
-    with plain_errors():
+    with exit_on_user_error():
         tables = collect(runs)
     for title, rows in tables.items():
         columns = list(dict.fromkeys([*COLUMNS, *(column for cells in rows.values() for column in cells)]))

@@ -1,33 +1,104 @@
-"""Parameters that are sharded over processes (FSDP2), seen whole.
+"""Several processes as one: rank and world, collectives with a gradient, parameters sharded by FSDP2 seen whole.
 
-Accelerate shards what is trained: each process keeps a part of every parameter, of its gradient and of its moments.
-What looks at parameters between steps needs them whole: the target's average, checkpoints, the weights that are
-written. Where nothing is sharded a tensor is its own whole, and this costs nothing.
+The gathers with gradient of `torch.distributed.nn.functional` are deprecated since torch 2.15, so that one autograd
+function stays here. Where there is one process, or nothing is sharded, everything in this file costs nothing.
 """
 
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed
 from torch import nn
 
-from scott_sparse.shapes import Tensor
+from scott_sparse.shapes import Float, Tensor
+
+T = TypeVar("T")
 
 
-def sharded(tensor: Tensor) -> bool:
+def world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def process_state():
+    """Accelerate's `PartialState`: this process among those that were launched, on its device."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def cpu_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main_then_broadcast(act: Callable[[], T]) -> T:
+    """What `act` returns on the main process, on all processes; its ValueError or OSError is raised on all of them."""
+    outcome: list = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = act()
+        except (ValueError, OSError) as error:
+            outcome[1] = str(error)
+    if world_size() > 1:
+        torch.distributed.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    return outcome[0]
+
+
+def all_gather_with_grad(values: Float[Tensor, "*n"]) -> Float[Tensor, "P ..."]:
+    """A tensor as each of the P processes has it, with its gradient: every process's loss depends on those of all."""
+    if world_size() == 1:
+        return values[None]
+    own = torch.arange(world_size(), device=values.device) == rank()
+    return _AllReduce.apply(torch.where(own[(..., *[None] * values.ndim)], values, 0))
+
+
+def all_mean_with_grad(values: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """From averages over equal shares to that over the global batch, with its gradient, in a message of their size."""
+    return _AllReduce.apply(values) / world_size() if world_size() > 1 else values
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over processes; its gradient is the sum of what the processes ask for."""
+
+    @staticmethod
+    def forward(ctx, values):
+        total = values.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        total = gradient.contiguous().clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+
+def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, asked without importing its module, which takes half a second."""
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor; all processes take part where it is sharded."""
-    return tensor.full_tensor() if sharded(tensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """`module.state_dict()` with whole tensors."""
-    return {name: whole(tensor) for name, tensor in module.state_dict().items()}
+def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """`module.state_dict()` with full tensors; all processes take part."""
+    return {name: full_tensor(tensor) for name, tensor in module.state_dict().items()}
 
 
 def shard_like(tensor: Tensor, model: Tensor) -> Tensor:
     """This process's part of a tensor that all processes have, as `model` is sharded."""
-    if not sharded(model):
+    if not is_sharded(model):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

@@ -141,7 +141,7 @@ def kill_at_random_moments(scene: Scene, row: Row, number: int = signal.SIGKILL,
 
 def kill_in_every_part_of_a_save(scene: Scene, row: Row) -> None:
     """Right before each write, flush, rename and removal of the second save."""
-    names = ("_write", "_write", "_write", "_write", "_flush_folder", "_flush_folder", "prune")
+    names = ("write_synced", "write_synced", "write_synced", "write_synced", "sync_folder", "sync_folder", "prune")
     for i, name in enumerate(names):
         nth = names[:i].count(name)
 

@@ -13,7 +13,6 @@ images were left out, `unreadable.txt`.
 import contextlib
 import ctypes
 import dataclasses
-import json
 import os
 import platform
 import resource
@@ -27,19 +26,20 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from filelock import FileLock
 from rich.console import Console
+from scott_sparse.evaluation.test import draw_tokens, knn_report, knn_table
 
 from scott_sparse import MIMJEPA, save_encoder
-from scott_sparse.cli import plain_errors, stop
+from scott_sparse.cli import exit_on_user_error, exit_with_error
 from scott_sparse.data.batches import Batches, default_workers, load
 from scott_sparse.data.dataset import Data, open_data, short_side_for, unreadable_lines
 from scott_sparse.data.views import make_views
-from scott_sparse.distributed import whole, whole_state
-from scott_sparse.evaluation.report import draw_tokens, knn_report, knn_table
+from scott_sparse.distributed import full_state_dict, full_tensor, main_then_broadcast
+from scott_sparse.files import write_json
 from scott_sparse.model.engines.spconv import choose_engine
 from scott_sparse.model.jepa import make_target, target_features, update_target
 from scott_sparse.model.losses import draw_directions
 from scott_sparse.model.vit import Encoder
-from scott_sparse.model.weights import CONFIG, WEIGHTS, write_beside
+from scott_sparse.model.weights import CONFIG, WEIGHTS
 from scott_sparse.randomness import batch_indices, generator_at, seed_at
 from scott_sparse.shapes import Tensor
 from scott_sparse.training.log import METRICS, Log, NonFinite
@@ -56,7 +56,6 @@ from scott_sparse.training.resume import (
     find_checkpoint,
     goes_on,
     lock,
-    on_main,
 )
 
 # A CPU's step allocates hundreds of large buffers. Huge pages for them (torch reads this later), and freed ones stay
@@ -90,7 +89,7 @@ class Run:
 
 def main() -> None:
     started = time.perf_counter()
-    with plain_errors():
+    with exit_on_user_error():
         run = prepare(sys.argv[1:])
     recipe, out, data, accelerator, console = run.recipe, run.out, run.data, run.accelerator, run.console
     target = make_target(run.model.encoder)
@@ -105,27 +104,27 @@ def main() -> None:
     )
     if data.unreadable:
         console.print(f"{len(data.unreadable):,} images cannot be read and are left out: see {out / 'unreadable.txt'}")
-    if data.leaked:
+    if data.test_duplicates:
         console.print(
             f"{data.leaked:,} of the {len(data.report):,} test images are also in the training set, pixel for pixel"
         )
     try:
-        with plain_errors(each=True):
+        with exit_on_user_error(each_process=True):
             training = train(run, target)
     except Interrupted as end:
         console.print(str(end))
         sys.exit(RESUME_ME)
     except NonFinite as found:
-        stop(describe_nonfinite(run, found))
+        exit_with_error(describe_nonfinite(run, found))
     except (Collapse, SaveFailed) as end:
-        stop(str(end))
+        exit_with_error(str(end))
 
     context = make_target(target)
-    context.load_state_dict(whole_state(run.model.encoder))
+    context.load_state_dict(full_state_dict(run.model.encoder))
     device = accelerator.device
     knn = knn_report(data, initial.to(device), target, size=recipe.sides)
     if accelerator.is_main_process:
-        with plain_errors():
+        with exit_on_user_error():
             save_encoder(target, out)
             save_encoder(context, out, weights="context")
             draw_tokens(out / "tokens.png", data, initial, target, recipe=recipe, device=device)
@@ -142,9 +141,9 @@ def main() -> None:
                 "source": recipe.source.data,
                 "protocol": recipe.source.protocol,
                 "fingerprint": data.fingerprint,
-                "images": {"pretrain": len(data.pretrain), "fit": len(data.fit), "test": len(data.report or ())},
+                "images": {"pretrain": len(data.pretrain), "train": len(data.train), "test": len(data.test or ())},
                 "unreadable": len(data.unreadable),
-                "test_images_also_in_training": data.leaked,
+                "test_images_also_in_training": data.test_duplicates,
             },
             "encoder_parameters": parameters,
             "processes": accelerator.num_processes,
@@ -152,8 +151,8 @@ def main() -> None:
             "mixed_precision": accelerator.mixed_precision,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
-        with plain_errors():
-            write_beside(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
+        with exit_on_user_error():
+            write_json(out / "summary.json", summary)
         table = knn_table(data, knn, recipe.objective.terms)
         if table is not None:
             console.print(table)
@@ -206,7 +205,7 @@ def prepare(arguments: list[str]) -> Run:
     set_seed(recipe.seed)
     model = MIMJEPA(recipe.encoder, recipe.objective, engine=recipe.engine)
     precision = accelerator.mixed_precision
-    checkpoint = on_main(accelerator, lambda: find_checkpoint(recipe, out, data.fingerprint, precision, console))
+    checkpoint = main_then_broadcast(lambda: find_checkpoint(recipe, out, data.fingerprint, precision, console))
     held = None
     if accelerator.is_main_process:
         held = open_folder(name, recipe, out, data, checkpoint)
@@ -226,8 +225,7 @@ def open_folder(name: str, recipe: Recipe, out: Path, data: Data, checkpoint: Pa
         if checkpoint:  # of another run, whose first steps this one shares
             shutil.copy(checkpoint.parent.parent / METRICS, out / METRICS)
     shutil.rmtree(out / "eval", ignore_errors=True)  # says something of weights that are no more
-    fields = json.dumps({"recipe": name, **as_json(recipe)}, indent=2) + "\n"
-    write_beside(out / "recipe.json", lambda path: path.write_text(fields))
+    write_json(out / "recipe.json", {"recipe": name, **as_json(recipe)})
     if data.unreadable:
         (out / "unreadable.txt").write_text("\n".join([*unreadable_lines(data.unreadable), ""]))
     return held
@@ -270,13 +268,13 @@ def train(run: Run, target: Encoder) -> dict:
             for number, part in enumerate(parts):
                 with log.input_time():
                     cuts = part.cuts.to(accelerator.device, non_blocking=True)
-                    context, uncovered = make_views(cuts, part.views, size=recipe.sides)
+                    context, target_images = make_views(cuts, part.views, size=recipe.sides)
                 visible = part.visible.to(accelerator.device, non_blocking=True)
                 # 1. The target encoder looks at the whole of each image's first crop.
                 targets = None
                 if recipe.objective.mim:
                     with accelerator.autocast():
-                        targets = target_features(target, uncovered, blocks=recipe.objective.target_blocks)
+                        targets = target_features(target, target_images, blocks=recipe.objective.target_blocks)
                 # 2. The context encoder sees what is visible, the predictor answers for what is hidden.
                 last = number == recipe.accumulate - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
@@ -285,7 +283,7 @@ def train(run: Run, target: Encoder) -> dict:
                     accelerator.backward(spoilt_if_nonfinite(terms["loss"]))
                 losses.append({key: value.detach() for key, value in terms.items()})
             # 3. Update, and let the target follow.
-            norm = whole(accelerator.clip_grad_norm_(model.parameters(), recipe.clip or float("inf")))
+            norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), recipe.clip or float("inf")))
             terms = {key: torch.stack([part[key] for part in losses]).mean() for key in losses[0]}
             found = nonfinite(accelerator, terms["loss"], norm)
             # Whoever wants to stop is told at the next line of the log; until then nothing more changes.

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from scott_sparse.data.cache import cores
 from scott_sparse.data.dataset import Images
 from scott_sparse.data.views import ViewConfig, Views, draw_views
+from scott_sparse.distributed import cpu_count
 from scott_sparse.model.masks import draw_visible
 from scott_sparse.randomness import batch_indices, generator_at
 from scott_sparse.shapes import Bool, Tensor, UInt8
@@ -86,5 +86,5 @@ def default_workers(*, streamed: bool, on_gpu: bool) -> int:
 
     Else none: on a CPU they would take the cores that compute.
     """
-    share = max(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+    share = max(cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     return share if streamed else min(share, 4) if on_gpu else 0

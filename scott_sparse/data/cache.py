@@ -8,7 +8,6 @@ anew; the fingerprint covers the settings and the name, size and time of every f
 The pages of a mapped file are the page cache's: a set that fits in memory is in memory, once for all processes.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -30,6 +29,8 @@ from safetensors.torch import load, save
 
 from scott_sparse.data.decode import Unreadable, decode
 from scott_sparse.data.sources import Source
+from scott_sparse.distributed import cpu_count
+from scott_sparse.files import open_atomically
 from scott_sparse.shapes import Int, Tensor
 
 FORMAT = 1  # part of every fingerprint; raise it whenever a decoded pixel or the layout of the file changes
@@ -117,11 +118,6 @@ class Streamed:
             raise ValueError(f"{self.source.names[i]} could be read when the run began, and now: {reason}.") from None
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def _digest(data: bytes | np.ndarray) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
@@ -176,36 +172,30 @@ def _write(path: Path, source: Source, title: str, short_side: int, keep_pixels:
     total = len(source.pictures)
     sizes, digests = torch.zeros(total, 2, dtype=torch.int64), torch.zeros(total, dtype=torch.int64)
     unreadable = {}
-    partial = path.with_suffix(".partial")  # one name, under the lock: a killed run's is overwritten
-    with contextlib.ExitStack() as on_failure:
-        on_failure.callback(partial.unlink, missing_ok=True)
-        with partial.open("w+b") as file:
-            pictures = track(
-                _decode_all(source, short_side),
-                description=f"decoding {title}",
-                total=total,
-                console=Console(stderr=True),
-                transient=True,
-            )
-            for i, picture in enumerate(pictures):
-                if isinstance(picture, str):
-                    unreadable[i] = picture
-                    continue
-                pixels, digests[i] = picture
-                sizes[i] = torch.tensor(pixels.shape[:2])
-                if keep_pixels:
-                    file.write(pixels)
-            length = file.tell()
-            file.flush()
-            about = {"bytes": length, "fingerprint": fingerprint, "unreadable": unreadable}
-            about = json.dumps({**about, "sample": _sample(file, length)}).encode()
-            about = torch.frombuffer(bytearray(about), dtype=torch.uint8)
-            index = save({"sizes": sizes, "digests": digests, "about": about})
-            file.seek(length)
-            file.write(index + TRAILER.pack(len(index), _digest(index), MAGIC))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+    with open_atomically(path, locked=True) as file:
+        pictures = track(
+            _decode_all(source, short_side),
+            description=f"decoding {title}",
+            total=total,
+            console=Console(stderr=True),
+            transient=True,
+        )
+        for i, picture in enumerate(pictures):
+            if isinstance(picture, str):
+                unreadable[i] = picture
+                continue
+            pixels, digests[i] = picture
+            sizes[i] = torch.tensor(pixels.shape[:2])
+            if keep_pixels:
+                file.write(pixels)
+        length = file.tell()
+        file.flush()
+        about = {"bytes": length, "fingerprint": fingerprint, "unreadable": unreadable}
+        about = json.dumps({**about, "sample": _sample(file, length)}).encode()
+        about = torch.frombuffer(bytearray(about), dtype=torch.uint8)
+        index = save({"sizes": sizes, "digests": digests, "about": about})
+        file.seek(length)
+        file.write(index + TRAILER.pack(len(index), _digest(index), MAGIC))
 
 
 def _decode_all(source: Source, short_side: int) -> Iterator[tuple[np.ndarray, int] | str]:
@@ -218,11 +208,11 @@ def _decode_all(source: Source, short_side: int) -> Iterator[tuple[np.ndarray, i
             return str(reason)
         return pixels, int.from_bytes(_digest(pixels)[:8], signed=True)
 
-    with ThreadPoolExecutor(cores()) as pool:
+    with ThreadPoolExecutor(cpu_count()) as pool:
         waiting = deque()
         for i in range(len(source.pictures)):  # a bounded window: the writer may be slower than the decoders
             waiting.append(pool.submit(read, i))
-            if len(waiting) > 8 * cores():
+            if len(waiting) > 8 * cpu_count():
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from scott_sparse.cli import UserErrors
 from scott_sparse.data.builtin import PUBLISHED, published_source
 from scott_sparse.data.cache import decode_once
 from scott_sparse.data.petals import CACHE, CLASSES, petals
@@ -49,7 +50,7 @@ class DataConfig:
     """Leave out the images that cannot be read; otherwise they are listed, and nothing is started."""
 
 
-class UnreadableImages(ValueError):
+class UnreadableImages(UserErrors):
     """Some images cannot be read; the message lists them, one a line."""
 
     def __init__(self, unreadable: dict[str, str], total: int, shown: int = 100):
@@ -124,18 +125,18 @@ class Data:
     """The images of a source in the roles that a protocol gives them."""
 
     pretrain: Images
-    fit: Images
+    train: Images
     """What a probe is fitted on: the bank of its neighbours."""
-    choose: Images | None
+    val: Images | None
     """What every choice is made on, if there are labels."""
-    report: Images | None
+    test: Images | None
     """What the result is read from, once: test, if there is one or there are labels."""
     classes: tuple[str, ...] | None
     """Names by label; None without labels."""
     unreadable: dict[str, str]
     """Images left out, and why."""
-    leaked: int
-    """Images of `report` that are in `pretrain` pixel for pixel, under another name."""
+    test_duplicates: int
+    """Images of `test` that are in `pretrain` pixel for pixel, under another name."""
     fingerprint: str
     """A hash of what is in each role: pixels and labels."""
 
@@ -189,17 +190,17 @@ def find_source(data: str, *, root: Path) -> Source:
 
 
 def select(protocol: str, published: Splits, names: Sequence[str], labels: Sequence[int] | None) -> Splits:
-    """The images of each role (`Data`'s pretrain, fit, choose, report; empty where there is none) under a protocol."""
+    """The images of each role (`Data`'s pretrain, train, val, test; empty where there is none) under a protocol."""
     train, unlabelled = published["train"], published.get("unlabelled", ())
     val, test = published.get("val", ()), published.get("test", ())
     if labels and not test:
         train, test = _tenth(train, names, labels)
     if protocol == "paper":
         every = [*train, *val, *test, *unlabelled]
-        return {"pretrain": every, "fit": [*train, *val], "choose": val or test, "report": test}
+        return {"pretrain": every, "train": [*train, *val], "val": val or test, "test": test}
     if labels and not val:
         train, val = _tenth(train, names, labels)
-    return {"pretrain": [*train, *val, *unlabelled], "fit": train, "choose": val, "report": test}
+    return {"pretrain": [*train, *val, *unlabelled], "train": train, "val": val, "test": test}
 
 
 def _tenth(images: Iterable[int], names: Sequence[str], labels: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -231,14 +232,20 @@ def _petals(config: DataConfig, short_side: int) -> Data:
 
 def _data(images: Images, roles: Splits, classes, digests: Int[Tensor, " n"], unreadable: dict[str, str]) -> Data:
     parts = {role: images[torch.tensor(part)] if part else None for role, part in roles.items()}
-    if not (parts["pretrain"] and parts["fit"]):
+    if not (parts["pretrain"] and parts["train"]):
         raise ValueError("no training image is left without the unreadable ones; repair some of them.")
     of = digests.tolist()
     seen = set(roles["pretrain"])
     contents = {of[i] for i in seen}
-    leaked = sum(i not in seen and of[i] in contents for i in roles["report"])
+    test_duplicates = sum(i not in seen and of[i] in contents for i in roles["test"])
     fingerprint = hashlib.blake2b(digest_size=16)
-    for role in ("pretrain", "fit", "choose", "report"):
+    for role in ("pretrain", "train", "val", "test"):
         labels = images.labels.tolist() if classes else [None] * len(images)
         fingerprint.update(repr([(of[i], labels[i]) for i in roles[role]]).encode())
-    return Data(**parts, classes=classes, unreadable=unreadable, leaked=leaked, fingerprint=fingerprint.hexdigest())
+    return Data(
+        **parts,
+        classes=classes,
+        unreadable=unreadable,
+        test_duplicates=test_duplicates,
+        fingerprint=fingerprint.hexdigest(),
+    )

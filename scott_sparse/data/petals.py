@@ -17,7 +17,6 @@ inside.
 
 import math
 import os
-import uuid
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from scott_sparse.files import write_atomically
 from scott_sparse.shapes import Float, Int, Tensor, UInt8
 
 VERSION = 1  # part of every cache file's name; raise it whenever a pixel changes
@@ -316,14 +316,7 @@ def _read(path: Path, count: int, last_image: Tensor, last_mask: Tensor) -> list
 
 
 def _write(path: Path, images: Tensor, masks: Tensor) -> None:
-    """Write beside `path` and move there, so that no reader ever sees half a file."""
-    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            beside.write_bytes(save({"images": images, "masks": masks}))
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_atomically(path, save({"images": images, "masks": masks}))
     except OSError as error:
         warnings.warn(f"flowers not kept: {error}; pass a writable folder as cache, or None.", stacklevel=3)

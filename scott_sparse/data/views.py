@@ -189,7 +189,7 @@ def _check_extents(cuts: UInt8[Tensor, "*N H W 3"], extents: Int[Tensor, "*N 2"]
         )
 
 
-def whole_boxes(sizes: Int[Tensor, "B 2"], *, size: tuple[int, int]) -> Int[Tensor, "B 4"]:
+def center_crop_boxes(sizes: Int[Tensor, "B 2"], *, size: tuple[int, int]) -> Int[Tensor, "B 4"]:
     """The largest centred box of the aspect ratio of `size` in each image of (height, width) = `sizes`."""
     aspect = torch.tensor(size)
     scale = (sizes / aspect).amin(1, keepdim=True)

@@ -3,22 +3,21 @@
 Batches are the same whatever the number of processes, and dealt out in turn, so that the features are the same too.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.data import Dataset
 
 from scott_sparse.data.batches import load
 from scott_sparse.data.dataset import Images
-from scott_sparse.data.views import ViewConfig, draw_views, resize, whole_boxes
-from scott_sparse.model.weights import write_beside
+from scott_sparse.data.views import ViewConfig, center_crop_boxes, draw_views, resize
+from scott_sparse.distributed import process_state
+from scott_sparse.files import write_atomically
 from scott_sparse.randomness import generator_at
 from scott_sparse.shapes import Bool, Float, Int, Tensor
 
@@ -41,7 +40,7 @@ class Features:
         return self.pooled[:, -1]
 
 
-def whole_images(images: Images, indices: Int[Tensor, " B"], *, size: tuple[int, int]) -> Float[Tensor, "B 3 h w"]:
+def eval_images(images: Images, indices: Int[Tensor, " B"], *, size: tuple[int, int]) -> Float[Tensor, "B 3 h w"]:
     """The evaluation view: the largest centred box of the aspect ratio of `size`, resized and normalised."""
     return resize(*_Cuts.whole(images, size).cut(indices), size=size)
 
@@ -56,7 +55,7 @@ class _Cuts(Dataset):
 
     @classmethod
     def whole(cls, images: Images, size: tuple[int, int]) -> "_Cuts":
-        return cls(images, whole_boxes(images.sizes, size=size), torch.zeros(len(images), dtype=torch.bool))
+        return cls(images, center_crop_boxes(images.sizes, size=size), torch.zeros(len(images), dtype=torch.bool))
 
     @classmethod
     def cropped(cls, images: Images, copy: int) -> "_Cuts":
@@ -76,11 +75,6 @@ class _Cuts(Dataset):
         return self.cut((torch.arange(BATCH) + j * BATCH).clamp(max=len(self.images) - 1))
 
 
-def processes() -> PartialState:
-    """This process among those that were launched, on its device."""
-    return PartialState(cpu=not torch.accelerator.is_available())
-
-
 @torch.inference_mode()
 def extract(
     model: nn.Module,
@@ -95,7 +89,7 @@ def extract(
 
     `model` is one of `scott_sparse.evaluation.encoders`, on this process's device. `size`: (height, width) in pixels.
     """
-    state = processes()
+    state = process_state()
     rounds = [_Cuts.whole(images, size), *(_Cuts.cropped(images, copy) for copy in range(copies))]
     pooled, all_tokens = [], []
     for cuts in rounds:
@@ -119,15 +113,14 @@ def extract(
 
 def kept(path: Path, make: Callable[[], Features | None]) -> Features | None:
     """The features in the file `path`, or those that `make` makes, written there; None on all but the main process."""
-    state = processes()
+    state = process_state()
     (there,) = broadcast_object_list([path.is_file()])
     if not there:
         features = make()
         if features is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
             tensors = {"pooled": features.pooled}
             tensors |= {} if features.tokens is None else {"tokens": features.tokens}
-            write_beside(path, functools.partial(save_file, tensors))
+            write_atomically(path, save(tensors))
         return features
     if not state.is_main_process:
         return None

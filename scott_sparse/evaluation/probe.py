@@ -1,11 +1,10 @@
 """What all probes have in common: what is asked, of which features, which setting is chosen, and what is written down.
 
-A probe is fitted on the `fit` images for every setting, the setting is chosen on `choose`, and `report` is answered
+A probe is fitted on the `train` images for every setting, the setting is chosen on `val`, and `test` is answered
 once, with that setting alone (see `scott_sparse.data.dataset` for the two protocols).
 """
 
 import dataclasses
-import json
 import platform
 import re
 import subprocess
@@ -24,14 +23,15 @@ from rich.table import Table
 from torch import nn
 
 from scott_sparse import Encoder, load_encoder
-from scott_sparse.cli import plain_errors, quietly
+from scott_sparse.cli import exit_on_user_error, parse_flags
 from scott_sparse.data.batches import default_workers
 from scott_sparse.data.dataset import Data, DataConfig, Images, open_data, short_side_for
+from scott_sparse.distributed import process_state
 from scott_sparse.evaluation.encoders import FrozenEncoder, Pixels, TimmModel, fingerprint
-from scott_sparse.evaluation.features import FORM, Features, extract, kept, processes
+from scott_sparse.evaluation.features import FORM, Features, extract, kept
 from scott_sparse.evaluation.metrics import Scores, score
-from scott_sparse.files import read_json
-from scott_sparse.model.weights import CONFIG, read_config, write_beside
+from scott_sparse.files import read_json, write_json
+from scott_sparse.model.weights import CONFIG, read_config
 from scott_sparse.shapes import Int, Tensor
 
 WORST = 10
@@ -72,18 +72,18 @@ class Frozen(NamedTuple):
 
     subject: Subject
     data: Data
-    fit: Features | None
-    choose: Features | None
-    report: Features | None
-    fit_labels: Int[Tensor, " n"]
+    train: Features | None
+    val: Features | None
+    test: Features | None
+    train_labels: Int[Tensor, " n"]
     weights: str
     """A hash of them."""
 
 
 def ask(question_type: type, about: Callable):
     """Read the flags, and let `about(question)` answer; mistakes end in one line."""
-    with plain_errors():
-        question = quietly(lambda: tyro.cli(question_type, config=(tyro.conf.OmitArgPrefixes,)))
+    with exit_on_user_error():
+        question = parse_flags(lambda: tyro.cli(question_type, config=(tyro.conf.OmitArgPrefixes,)))
         about(question)
 
 
@@ -118,7 +118,7 @@ def open_subject(question: Question) -> Subject:
 
 def frozen_features(question: Question, *, tokens: bool = False, copies: int = 0) -> Frozen:
     """Features of all roles, extracted by all processes or found in the cache."""
-    state = processes()
+    state = process_state()
     subject = open_subject(question)
     source = question.source
     seen = subject.pretraining or {}
@@ -127,10 +127,10 @@ def frozen_features(question: Question, *, tokens: bool = False, copies: int = 0
     data = open_data(source, short_side=short_side_for(subject.size))
     if data.classes is None:
         raise ValueError(f"--data {source.data} has no labels; a probe needs class folders (see README).")
-    for role in ("choose", "report"):
+    for role in ("val", "test"):
         if getattr(data, role) is None:
             raise ValueError(f"--data {source.data} has too few labelled images to set some aside for {role}.")
-    known = set(data.fit.labels.tolist())
+    known = set(data.train.labels.tolist())
     missing = [str(name) for label, name in enumerate(data.classes) if label not in known]
     if missing:
         some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -148,25 +148,25 @@ def frozen_features(question: Question, *, tokens: bool = False, copies: int = 0
 
         return kept(source.cache_dir / "features" / name, make)
 
-    fit, choose = of("fit", data.fit, copies), of("choose", data.choose)
-    report = of("report", data.report)
+    train, val = of("train", data.train, copies), of("val", data.val)
+    test = of("test", data.test)
     state.wait_for_everyone()
     state.destroy_process_group()  # what follows is the main process's, however long it takes
-    return Frozen(subject, data, fit, choose, report, data.fit.labels.repeat(1 + copies), weights)
+    return Frozen(subject, data, train, val, test, data.train.labels.repeat(1 + copies), weights)
 
 
 def answer(question: Question, probe_name: str, fit: Callable, *, tokens: bool = False, copies: int = 0) -> None:
     """Fit, choose, report, write; `fit(features, labels, classes=, device=)` makes the probe: settings and answers."""
     started = time.perf_counter()
     frozen = frozen_features(question, tokens=tokens, copies=copies)
-    state = processes()
+    state = process_state()
     if not state.is_main_process:
         return
     data, classes = frozen.data, len(frozen.data.classes)
-    probe = fit(frozen.fit, frozen.fit_labels, classes=classes, device=state.device)
-    choice, val, tried = choose(probe, frozen.choose, data.choose.labels)
-    (logits,) = probe.answers(frozen.report, [choice])
-    test = score(logits, data.report.labels)
+    probe = fit(frozen.train, frozen.train_labels, classes=classes, device=state.device)
+    choice, val, tried = choose(probe, frozen.val, data.val.labels)
+    (logits,) = probe.answers(frozen.test, [choice])
+    test = score(logits, data.test.labels)
     probe_name += f"-copies{copies}" * bool(copies)
     result = {
         "choice": probe.settings[choice],
@@ -188,7 +188,7 @@ def choose(probe, features: Features, labels: Int[Tensor, " n"]) -> tuple[int, S
 
 def chosen_on(data: Data) -> str:
     """Under the paper protocol choices are made on test where no val was published."""
-    return "test" if torch.equal(data.choose.rows, data.report.rows) else "val"
+    return "test" if torch.equal(data.val.rows, data.test.rows) else "val"
 
 
 def write(question: Question, probe_name: str, frozen: Frozen, result: dict, *, seconds: float) -> None:
@@ -207,8 +207,8 @@ def write(question: Question, probe_name: str, frozen: Frozen, result: dict, *, 
         "chosen_on": chosen_on(data),
         "pretraining": frozen.subject.pretraining,
         "pretrained_on_this_data": _same(pretraining.get("source"), source.data),
-        "images": {"fit": len(data.fit), "val": len(data.choose), "test": len(data.report)},
-        "test_images_also_in_training": data.leaked,
+        "images": {"train": len(data.train), "val": len(data.val), "test": len(data.test)},
+        "test_images_also_in_training": data.test_duplicates,
         "classes": list(data.classes),
         **result,
         "seconds": round(seconds, 1),
@@ -217,12 +217,11 @@ def write(question: Question, probe_name: str, frozen: Frozen, result: dict, *, 
         "command": " ".join(sys.argv),
     }
     out = frozen.subject.out
-    out.mkdir(parents=True, exist_ok=True)
     parts = [probe_name, re.sub(r"[^\w.-]+", "_", source.data.rstrip("/").rsplit("/", 1)[-1])]
     parts += [] if source.protocol == "clean" else [source.protocol]
     parts += [] if frozen.subject.name == "pretrained" or question.timm else [frozen.subject.name]
     path = out / f"{'-'.join(parts)}.json"
-    write_beside(path, lambda beside: beside.write_text(json.dumps(answer, indent=1) + "\n"))
+    write_json(path, answer)
     draw_confusion(path.with_suffix(".png"), result["test"]["confusion"], data.classes)
     print(f"{path}, {path.with_suffix('.png').name}")
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from scott_sparse.data.dataset import Data
 from scott_sparse.data.views import IMAGENET_MEAN, IMAGENET_STD
 from scott_sparse.evaluation.encoders import FrozenEncoder, Pixels
-from scott_sparse.evaluation.features import extract, whole_images
+from scott_sparse.evaluation.features import eval_images, extract
 from scott_sparse.evaluation.knn import knn_accuracy
 from scott_sparse.model.masks import draw_visible
 from scott_sparse.model.vit import Encoder
@@ -32,9 +32,9 @@ def knn_report(data: Data, initial: Encoder, pretrained: Encoder, *, size: tuple
         return dict.fromkeys(models)
     scores = {}
     for name, model in models.items():
-        bank, held = (extract(model, part, size=size) for part in (data.fit, data.report))
+        bank, held = (extract(model, part, size=size) for part in (data.train, data.test))
         if bank is not None:
-            scores[name] = round(knn_accuracy(bank.mean, data.fit.labels, held.mean, data.report.labels), 2)
+            scores[name] = round(knn_accuracy(bank.mean, data.train.labels, held.mean, data.test.labels), 2)
     return scores
 
 
@@ -56,9 +56,9 @@ def knn_table(data: Data, knn: dict[str, float], terms: tuple[str, ...]) -> Tabl
 @torch.inference_mode()
 def draw_tokens(path: Path, data: Data, initial: Encoder, pretrained: Encoder, *, recipe, device, columns: int = 10):
     """Write a PNG with one column per image; rows: image, visible patches, PCA of the tokens before and after."""
-    shown = data.report or data.pretrain
+    shown = data.test or data.pretrain
     indices = torch.linspace(0, len(shown) - 1, min(columns, len(shown))).long()
-    images = whole_images(shown, indices, size=recipe.sides)
+    images = eval_images(shown, indices, size=recipe.sides)
     visible = draw_visible(
         len(images), recipe.grid, hide_ratio=recipe.hide_ratio, shape=recipe.mask, generator=generator_at(0, "figure")
     )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from scott_sparse.distributed import whole
+from scott_sparse.distributed import full_tensor
 from scott_sparse.model.losses import Projector, contrast, invariance, sigreg, variance_covariance
 from scott_sparse.model.vit import Encoder, EncoderConfig, Predictor, layer_norm
 from scott_sparse.shapes import Bool, Float, Tensor
@@ -116,7 +116,9 @@ class MIMJEPA(nn.Module):
         if self.predictor is not None:
             of_first = rearrange(features, "(b w) n d -> b w n d", b=len(images))[:, :masks].flatten(0, 1)
             seen_first = visible[:, :masks].flatten(0, 1)
-            predictions = self.predictor(self.of_all(of_first, seen_first), self.encoder.tokenizer.grid(crops))
+            predictions = self.predictor(
+                self.insert_mask_tokens(of_first, seen_first), self.encoder.tokenizer.grid(crops)
+            )
             losses["mim"] = masked_smooth_l1(predictions, targets.repeat_interleave(masks, 0), hidden=~seen_first)
         if self.projector is not None:
             embeddings = self.projector(self.pooled(features, seen)).float()
@@ -143,7 +145,9 @@ class MIMJEPA(nn.Module):
             return self.encoder(images, visible)
         return self.encoder.forward_visible(images, visible)
 
-    def of_all(self, features: Float[Tensor, "B n D"], visible: Bool[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
+    def insert_mask_tokens(
+        self, features: Float[Tensor, "B n D"], visible: Bool[Tensor, "B N"]
+    ) -> Float[Tensor, "B N D"]:
         """What the predictor gets: context features, with mask tokens where the encoder had none."""
         if self.objective.context == "all":
             return features
@@ -184,4 +188,4 @@ def target_features(target: Encoder, images: Float[Tensor, "B 3 H W"], *, blocks
 @torch.no_grad()
 def update_target(target: Encoder, encoder: Encoder, momentum: float) -> None:
     """target = momentum * target + (1 - momentum) * encoder, parameters only, after every optimizer step."""
-    torch._foreach_lerp_(list(target.parameters()), [whole(p) for p in encoder.parameters()], 1 - momentum)
+    torch._foreach_lerp_(list(target.parameters()), [full_tensor(p) for p in encoder.parameters()], 1 - momentum)

@@ -7,11 +7,11 @@ has the same loss.
 """
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from scott_sparse.distributed import all_gather_with_grad, all_mean_with_grad, rank, world_size
 from scott_sparse.shapes import Float, Tensor
 
 
@@ -31,47 +31,10 @@ class Projector(nn.Module):
         rows = self.hidden(pooled).float()
         centre = rows.mean(0)
         # Mean and variance of all processes in one message: those of each, and how far the means lie apart.
-        moments = of_all_processes(torch.stack([centre, (rows - centre).square().mean(0)]))
+        moments = all_gather_with_grad(torch.stack([centre, (rows - centre).square().mean(0)]))
         mean = moments[:, 0].mean(0)
         variance = (moments[:, 1] + (moments[:, 0] - mean).square()).mean(0)
         return self.out(F.relu((rows - mean) / (variance + 1e-5).sqrt()))
-
-
-def of_all_processes(values: Float[Tensor, "*n"]) -> Float[Tensor, "P ..."]:
-    """A tensor as each process has it, with its gradient: every process's loss depends on those of all."""
-    if _processes() == 1:
-        return values[None]
-    own = torch.arange(_processes(), device=values.device) == _rank()
-    return _AllReduce.apply(torch.where(own[(..., *[None] * values.ndim)], values, 0))
-
-
-def mean_over_processes(values: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """From averages over equal shares to that over the global batch, with its gradient, in a message of their size."""
-    return _AllReduce.apply(values) / _processes() if _processes() > 1 else values
-
-
-def _processes() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-class _AllReduce(torch.autograd.Function):
-    """Sum over processes, and so is its gradient."""
-
-    @staticmethod
-    def forward(ctx, values):
-        total = values.clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient):
-        total = gradient.contiguous().clone()
-        torch.distributed.all_reduce(total)
-        return total
 
 
 def invariance(embeddings: Float[Tensor, "V B E"]) -> Float[Tensor, ""]:
@@ -88,8 +51,8 @@ def sigreg(embeddings: Float[Tensor, "B E"], directions: Float[Tensor, "E M"]) -
     """
     knots = torch.linspace(0, 4, 17, device=embeddings.device)
     angles = (embeddings @ directions)[..., None] * knots
-    phi = mean_over_processes(torch.stack([angles.cos().mean(0), angles.sin().mean(0)]))
-    count = len(embeddings) * _processes()
+    phi = all_mean_with_grad(torch.stack([angles.cos().mean(0), angles.sin().mean(0)]))
+    count = len(embeddings) * world_size()
     gauss = torch.exp(-knots.square() / 2)
     error = (phi[0] - gauss).square() + phi[1].square()
     return 2 * count * torch.trapezoid(error * gauss, knots, dim=-1).mean()
@@ -103,8 +66,8 @@ def draw_directions(width: int, count: int, *, generator: torch.Generator) -> Fl
 def variance_covariance(embeddings: Float[Tensor, "B E"]) -> Float[Tensor, ""]:
     """VICReg's two terms in its proportion of 25 to 1: a hinge that holds each dimension's deviation above 1, and the
     squared covariances between dimensions (arXiv 2105.04906, section 4.1)."""
-    centred = embeddings - mean_over_processes(embeddings.mean(0))
-    covariance = mean_over_processes(centred.T @ centred / len(embeddings))
+    centred = embeddings - all_mean_with_grad(embeddings.mean(0))
+    covariance = all_mean_with_grad(centred.T @ centred / len(embeddings))
     deviation = (covariance.diagonal() + 1e-4).sqrt()
     off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()
     return F.relu(1 - deviation).mean() + off_diagonal / len(covariance) / 25
@@ -119,9 +82,9 @@ def contrast(embeddings: Float[Tensor, "V B E"], *, temperature: float) -> Float
     views, images, _ = embeddings.shape
     with torch.autocast(embeddings.device.type, enabled=False):  # bf16 would round the cosines to three digits
         own = F.normalize(embeddings.float(), dim=-1)
-        everyone = rearrange(of_all_processes(own), "p v b e -> v (p b) e")
+        everyone = rearrange(all_gather_with_grad(own), "p v b e -> v (p b) e")
         scores = torch.einsum("vbe,wce->vbwc", own, everyone) / temperature
-    first = _rank() * images  # of this process, among everyone's
+    first = rank() * images  # of this process, among everyone's
     # No index by a mask: a GPU would have to be waited for.
     same_image = torch.ones(scores.shape[1::2], dtype=torch.bool, device=scores.device).tril(first).triu(first)
     negatives = scores.masked_fill(same_image[:, None], -torch.inf).logsumexp((2, 3))  # (V, b)

@@ -7,15 +7,13 @@ A run folder has the target encoder, the one to use, in `encoder.safetensors`, t
 """
 
 import dataclasses
-import json
-import os
 import re
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 
-from scott_sparse.files import load_strictly, read_json
+from scott_sparse.files import load_strictly, read_json, write_atomically, write_json
 from scott_sparse.model.vit import Encoder, EncoderConfig
 from scott_sparse.shapes import Tensor
 
@@ -38,11 +36,9 @@ _FROM_PAPER = (  # (pattern in the paper's state dict, our name)
 def save_encoder(encoder: Encoder, folder: str | Path, *, weights: str = "target") -> None:
     """Write weights ("target" or "context") and config into `folder`, each beside its name first and then renamed."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = save({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()})
-    write_beside(folder / WEIGHTS[weights], lambda path: path.write_bytes(state))
-    text = json.dumps(dataclasses.asdict(encoder.config), indent=2) + "\n"
-    write_beside(folder / CONFIG, lambda path: path.write_text(text))
+    write_atomically(folder / WEIGHTS[weights], state)
+    write_json(folder / CONFIG, dataclasses.asdict(encoder.config))
 
 
 def load_encoder(source: str | Path, *, weights: str = "target", engine: str = "auto") -> Encoder:
@@ -102,13 +98,3 @@ def from_paper_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             raise ValueError(f"{name!r} is no tensor of the paper's checkpoints (SCOTT or ViT with MIM-JEPA).")
     return renamed
-
-
-def write_beside(path: Path, write) -> None:
-    """Call `write` on a temporary neighbour of `path`, then rename it: `path` is whole or unchanged."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ newest valid one is used. There is no state of random generators in it: every dr
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -17,8 +16,8 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from scott_sparse.distributed import shard_like, whole, whole_state
-from scott_sparse.files import read_json, read_tensors
+from scott_sparse.distributed import full_state_dict, full_tensor, shard_like
+from scott_sparse.files import read_json, read_tensors, sync_folder, write_synced
 from scott_sparse.shapes import Tensor
 
 STATE = "state.json"
@@ -43,14 +42,14 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, dict[str, Tensor]]
         for name, tensors in parts.items():
             data = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
             files[f"{name}.safetensors"] = _digest(data)
-            _write(beside / f"{name}.safetensors", data)
+            write_synced(beside / f"{name}.safetensors", data)
         content = {"format": FORMAT, "step": step, "files": files, "run": state}
-        _write(beside / STATE, json.dumps({"digest": _digest(_canonical(content)), "content": content}).encode())
-        _flush_folder(beside)
+        write_synced(beside / STATE, json.dumps({"digest": _digest(_canonical(content)), "content": content}).encode())
+        sync_folder(beside)
         if path.exists():  # a damaged one that was passed over, or one from before a resume from an older one
             shutil.rmtree(path)
         beside.rename(path)
-        _flush_folder(folder)
+        sync_folder(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -134,8 +133,8 @@ def tensors_of(
         of_parameter = optimizer.state.get(p)
         if of_parameter is None:
             of_parameter = {moment: torch.zeros(() if moment == "step" else p.shape) for moment in MOMENTS}
-        moments |= {f"{name}.{moment}": whole(of_parameter[moment]) for moment in MOMENTS}
-    return {"model": whole_state(model), "target": target.state_dict(), "optimizer": moments}
+        moments |= {f"{name}.{moment}": full_tensor(of_parameter[moment]) for moment in MOMENTS}
+    return {"model": full_state_dict(model), "target": target.state_dict(), "optimizer": moments}
 
 
 def prune(folder: Path, *, last: int, every: int | None) -> None:
@@ -179,19 +178,3 @@ def _hasher(data: bytes = b""):
 
 def _digest(data: bytes) -> str:
     return _hasher(data).hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    """A rename is on the disk once its folder is."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scott_sparse.distributed import whole
+from scott_sparse.distributed import full_tensor
 from scott_sparse.shapes import Float, Tensor
 
 PATIENCE = 3  # reports without an improvement
@@ -76,7 +76,7 @@ def token_similarity(tokens: Float[Tensor, "n N D"]) -> float:
 
 def ema_distance(target: nn.Module, encoder: nn.Module) -> float:
     """|target - encoder| / |encoder| over all parameters; all processes take part."""
-    ours, theirs = (torch.cat([whole(p.detach()).flatten() for p in m.parameters()]) for m in (target, encoder))
+    ours, theirs = (torch.cat([full_tensor(p.detach()).flatten() for p in m.parameters()]) for m in (target, encoder))
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 

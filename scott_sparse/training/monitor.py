@@ -18,8 +18,8 @@ from scott_sparse.data.dataset import Data, Images
 from scott_sparse.evaluation.encoders import FrozenEncoder
 from scott_sparse.evaluation.features import extract
 from scott_sparse.evaluation.knn import knn_accuracy
+from scott_sparse.files import write_atomically
 from scott_sparse.model.vit import Encoder
-from scott_sparse.model.weights import write_beside
 from scott_sparse.randomness import generator_at
 from scott_sparse.training.health import Health, ema_distance, feature_std, lidar, rankme, token_similarity, verdict
 
@@ -40,10 +40,10 @@ class OnlineReport:
         self.every = max(round(epochs * self.steps_per_epoch), 1) if epochs else 0
         budget = min(max(int(SHARE * self.every * recipe.batch_size), LEAST), MOST)
         # Under the paper protocol choices may be made on test: this is not a choice, and stays away from it.
-        labelled = data.classes is not None and data.choose is not None
-        self.labelled = labelled and not torch.isin(data.choose.rows, data.report.rows).any()
-        self.bank = sample(data.fit if self.labelled else data.pretrain, budget // 2)
-        self.queries = sample(data.choose, budget // 4) if self.labelled else None
+        labelled = data.classes is not None and data.val is not None
+        self.labelled = labelled and not torch.isin(data.val.rows, data.test.rows).any()
+        self.bank = sample(data.train if self.labelled else data.pretrain, budget // 2)
+        self.queries = sample(data.val, budget // 4) if self.labelled else None
         self.viewed = sample(data.pretrain, max(budget // (4 * VIEWS), 8))
         self.path = out / "reports.jsonl"
         self.reports: list[Health] = []
@@ -97,7 +97,7 @@ class OnlineReport:
             json.dumps({**dataclasses.asdict(report), "verdict": word}) for report, word in zip(self.reports, said)
         ]
         try:
-            write_beside(self.path, lambda path: path.write_text("\n".join([*lines, ""])))
+            write_atomically(self.path, "\n".join([*lines, ""]))
         except OSError as error:
             self.console.print(f"{self.path} cannot be written ({error.strerror})")
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import tyro
 
-from scott_sparse.cli import quietly
+from scott_sparse.cli import parse_flags
 from scott_sparse.data.dataset import DataConfig
 from scott_sparse.data.views import ViewConfig
 from scott_sparse.model.jepa import ObjectiveConfig
@@ -238,7 +238,7 @@ def parse(arguments: list[str]) -> tuple[str, Recipe]:
         known = ", ".join(f"{key} ({about})" for key, (about, _) in RECIPES.items())
         raise ValueError(f"unknown recipe {name!r}; expected one of: {known}.")
     about, default = RECIPES[name]
-    recipe, unknown = quietly(
+    recipe, unknown = parse_flags(
         functools.partial(
             tyro.cli,
             Recipe,

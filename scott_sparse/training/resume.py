@@ -7,7 +7,6 @@ ends with exit code 75, "try again": the same command then goes on from there, t
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -92,20 +91,6 @@ def lock(out: Path) -> FileLock:
     except Timeout:
         raise ValueError(f"another run is writing to {out}; choose another --out, or end that run first.") from None
     return held
-
-
-def on_main(accelerator: Accelerator, act: Callable):
-    """What `act` returns on the main process, on all of them; its ValueError or OSError is raised on all of them."""
-    answer, mistake = None, None
-    if accelerator.is_main_process:
-        try:
-            answer = act()
-        except (ValueError, OSError) as error:
-            mistake = str(error)
-    answer, mistake = broadcast_object_list([answer, mistake])
-    if mistake is not None:
-        raise ValueError(mistake)
-    return answer
 
 
 def find_checkpoint(recipe: Recipe, out: Path, fingerprint: str, precision: str, console) -> Path | None:

@@ -80,9 +80,9 @@ def test_pets37(tmp_path):
     assert sizes(source) == {"train": 40, "test": 10} and source.classes == ("Abyssinian", "Beagle")
     assert sorted(set(source.labels)) == [0, 1] and all(name.endswith(".jpg") for name in source.names)
     data = open_data(DataConfig(data="pets37", data_root=tmp_path), short_side=32)
-    assert (len(data.pretrain), len(data.fit), len(data.choose), len(data.report)) == (40, 36, 4, 10)
-    assert data.choose.labels.bincount().tolist() == [2, 2]
-    assert not set(data.pretrain.names) & set(data.report.names)
+    assert (len(data.pretrain), len(data.train), len(data.val), len(data.test)) == (40, 36, 4, 10)
+    assert data.val.labels.bincount().tolist() == [2, 2]
+    assert not set(data.pretrain.names) & set(data.test.names)
 
 
 def test_the_two_imagenet100_lists():
@@ -119,8 +119,8 @@ def test_eurosat_sets_a_test_aside(tmp_path):
         for i in range(20):
             write_photo(tmp_path / "eurosat" / "2750" / name / f"{name}_{i}.jpg", 64, 64, seed=i)
     data = open_data(DataConfig(data="eurosat", data_root=tmp_path), short_side=64)
-    assert (len(data.fit), len(data.choose), len(data.report)) == (32, 4, 4)
-    groups = [set(part.names) for part in (data.fit, data.choose, data.report)]
+    assert (len(data.train), len(data.val), len(data.test)) == (32, 4, 4)
+    groups = [set(part.names) for part in (data.train, data.val, data.test)]
     assert len(set.union(*groups)) == 40
 
 
@@ -147,11 +147,11 @@ def test_sets_of_arrays(name, tmp_path, monkeypatch):
     source = find_source(name, root=tmp_path)
     assert sizes(source) == {"train": 10, "test": 4} | ({"unlabelled": 6} if name == "stl10" else {})
     data = open_data(DataConfig(data=name, data_root=tmp_path, cache_dir=tmp_path), short_side=28)
-    assert len(data.pretrain) == 10 + 6 * (name == "stl10") and len(data.report) == 4
-    assert data.report.names == [f"test/{i}" for i in range(4)]
-    pixels = data.report.cut(torch.tensor([3]), torch.tensor([[[0, 0, 28, 28]]]))
-    assert (pixels == 30).all() and data.report.labels.tolist() == [0, 1, 0, 1]
-    assert min(data.fit.labels) == 0
+    assert len(data.pretrain) == 10 + 6 * (name == "stl10") and len(data.test) == 4
+    assert data.test.names == [f"test/{i}" for i in range(4)]
+    pixels = data.test.cut(torch.tensor([3]), torch.tensor([[[0, 0, 28, 28]]]))
+    assert (pixels == 30).all() and data.test.labels.tolist() == [0, 1, 0, 1]
+    assert min(data.train.labels) == 0
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -176,7 +176,7 @@ def test_elpv(tmp_path, monkeypatch):
     source = find_source("elpv", root=tmp_path)
     assert source.classes == ("0 %", "33 %", "67 %", "100 %") and source.labels[:5] == [0, 1, 2, 3, 0]
     data = open_data(DataConfig(data="elpv", cache_dir=tmp_path), short_side=30)
-    assert (len(data.fit), len(data.choose), len(data.report)) == (32, 4, 4)
+    assert (len(data.train), len(data.val), len(data.test)) == (32, 4, 4)
 
 
 def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
@@ -208,7 +208,7 @@ def test_hugging_face_folder_of_images(hub, photos, tmp_path):
     source = find_source(f"hf:{root}", root=tmp_path)
     assert sizes(source) == {"train": 20, "val": 4, "test": 6} and source.classes == ("a", "b")
     data = open_data(DataConfig(data=f"hf:{root}", cache_dir=tmp_path), short_side=32)
-    assert len(data.pretrain) == 24 and data.report.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert len(data.pretrain) == 24 and data.test.labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_hugging_face_parquet_with_bytes_and_hidden_labels(hub, tmp_path):
@@ -228,7 +228,7 @@ def test_hugging_face_parquet_with_bytes_and_hidden_labels(hub, tmp_path):
     source = find_source(f"hf:{tmp_path / 'set'}", root=tmp_path)
     assert sizes(source) == {"train": 6, "test": 4, "unlabelled": 3} and source.classes == ("x", "y")
     data = open_data(DataConfig(data=f"hf:{tmp_path / 'set'}", cache_dir=tmp_path), short_side=8)
-    assert data.report.cut(torch.tensor([2]), torch.tensor([[[0, 0, 9, 8]]]))[0, 0, 0, 0].tolist() == [2, 0, 0]
+    assert data.test.cut(torch.tensor([2]), torch.tensor([[[0, 0, 9, 8]]]))[0, 0, 0, 0].tolist() == [2, 0, 0]
     assert len(data.pretrain) == 9
 
 

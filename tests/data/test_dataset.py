@@ -19,7 +19,7 @@ def opened(root, tmp_path, *, short_side=32, **config):
 
 
 def counts(data):
-    return [len(part or ()) for part in (data.pretrain, data.fit, data.choose, data.report)]
+    return [len(part or ()) for part in (data.pretrain, data.train, data.val, data.test)]
 
 
 FORMS = {
@@ -46,8 +46,8 @@ def test_forms_and_protocols(form, photos, tmp_path):
     assert tuple(counts(data)) == clean
     assert tuple(counts(opened(root, tmp_path, protocol="paper"))) == paper
     labelled = form not in ("one class", "no labels", "no labels, splits")
-    assert (data.classes is not None) == labelled and (data.fit.labels is not None) == labelled
-    assert data.leaked == 0 and data.unreadable == {}
+    assert (data.classes is not None) == labelled and (data.train.labels is not None) == labelled
+    assert data.test_duplicates == 0 and data.unreadable == {}
 
 
 PUBLISHED = [("train",), ("train", "test"), ("train", "val", "test"), ("train", "unlabelled")]
@@ -61,26 +61,26 @@ def test_protocols_keep_splits_apart(published):
     bounds = [700 * i // len(published) for i in range(len(published) + 1)]
     splits = {name: range(*pair) for name, pair in zip(published, itertools.pairwise(bounds))}
     clean = {role: set(part) for role, part in select("clean", splits, names, labels).items()}
-    assert not clean["report"] & (clean["pretrain"] | clean["fit"] | clean["choose"])
-    assert not clean["fit"] & clean["choose"] and clean["fit"] | clean["choose"] <= clean["pretrain"]
-    assert clean["pretrain"] | clean["report"] == set(range(700))
+    assert not clean["test"] & (clean["pretrain"] | clean["train"] | clean["val"])
+    assert not clean["train"] & clean["val"] and clean["train"] | clean["val"] <= clean["pretrain"]
+    assert clean["pretrain"] | clean["test"] == set(range(700))
     paper = {role: set(part) for role, part in select("paper", splits, names, labels).items()}
-    assert paper["pretrain"] == set(range(700)) and not paper["fit"] & paper["report"]
-    assert paper["choose"] == (set(splits["val"]) if "val" in splits else paper["report"])
-    assert paper["choose"] <= paper["fit"] or "val" not in splits
+    assert paper["pretrain"] == set(range(700)) and not paper["train"] & paper["test"]
+    assert paper["val"] == (set(splits["val"]) if "val" in splits else paper["test"])
+    assert paper["val"] <= paper["train"] or "val" not in splits
 
 
 def test_a_tenth_is_stratified_and_depends_on_names_alone():
     names, labels = [f"c{i % 3}/{i}.jpg" for i in range(300)], [i % 3 for i in range(300)]
     first = select("clean", {"train": range(300)}, names, labels)
-    assert np.bincount([labels[i] for i in first["report"]]).tolist() == [10, 10, 10]
-    assert np.bincount([labels[i] for i in first["choose"]]).tolist() == [9, 9, 9]
+    assert np.bincount([labels[i] for i in first["test"]]).tolist() == [10, 10, 10]
+    assert np.bincount([labels[i] for i in first["val"]]).tolist() == [9, 9, 9]
     order = torch.randperm(300).tolist()
     again = select("clean", {"train": range(300)}, [names[i] for i in order], [labels[i] for i in order])
-    for role in ("fit", "choose", "report"):
+    for role in ("train", "val", "test"):
         assert {names[i] for i in first[role]} == {names[order[i]] for i in again[role]}
     # Pinned: the same images on every machine, for ever.
-    assert sorted(names[i] for i in first["report"] if labels[i] == 0)[:3] == PINNED
+    assert sorted(names[i] for i in first["test"] if labels[i] == 0)[:3] == PINNED
 
 
 PINNED = ["c0/117.jpg", "c0/156.jpg", "c0/18.jpg"]
@@ -124,14 +124,14 @@ def test_decoded_in_advance_or_when_asked_for_is_the_same(cache, photos, tmp_pat
 def test_petals(tmp_path):
     data = open_data(DataConfig(data="petals"), short_side=96)
     assert counts(data) == [5000, 4000, 1000, 1000] and data.classes == CLASSES
-    assert data.report.labels.bincount().tolist() == [40] * 25
+    assert data.test.labels.bincount().tolist() == [40] * 25
 
 
 def test_a_test_image_in_the_training_set_is_counted(photos, tmp_path):
     root = photos({"train/a": 5, "train/b": 5, "test/a": 3, "test/b": 3})
     (root / "train" / "b" / "copy.png").write_bytes((root / "test" / "a" / "1.png").read_bytes())
-    assert opened(root, tmp_path).leaked == 1
-    assert opened(root, tmp_path, protocol="paper").leaked == 0  # there it is seen by intent
+    assert opened(root, tmp_path).test_duplicates == 1
+    assert opened(root, tmp_path, protocol="paper").test_duplicates == 0  # there it is seen by intent
 
 
 def test_the_fingerprint_follows_pixels_and_labels_not_places(photos, tmp_path):
@@ -219,7 +219,7 @@ def test_unreadable_images_stop_with_the_list(cache, spoilt, tmp_path):
 def test_unreadable_images_are_left_out_when_asked_to(cache, spoilt, tmp_path):
     data = opened(spoilt, tmp_path, cache=cache, skip_unreadable=True)
     assert set(data.unreadable) == BAD
-    seen = {*data.pretrain.names, *data.report.names}
+    seen = {*data.pretrain.names, *data.test.names}
     assert seen == {f"{name}/{i}.png" for name in "ab" for i in range(4)}
     assert data.pretrain.sizes.min() > 0
 
@@ -253,4 +253,4 @@ def test_names_in_any_script(tmp_path):
         opened(root, tmp_path)
     assert r"ζώα/not-utf8-\xff.png" in str(error.value) and str(error.value).encode()
     data = opened(root, tmp_path, skip_unreadable=True)
-    assert {*data.pretrain.names, *data.report.names} == set(names) and json.dumps(list(data.unreadable))
+    assert {*data.pretrain.names, *data.test.names} == set(names) and json.dumps(list(data.unreadable))

@@ -15,10 +15,10 @@ from scott_sparse.data.views import (
     OPS,
     ViewConfig,
     Views,
+    center_crop_boxes,
     draw_views,
     make_views,
     resize,
-    whole_boxes,
 )
 
 ORACLE = {
@@ -267,7 +267,7 @@ def test_hopeless_ratios_fall_back_to_the_centre():
 def test_whole_is_the_centred_largest_box():
     sizes = torch.tensor([[40, 60], [40, 20], [1, 7]])
     boxes = torch.tensor([[10, 0, 20, 60], [16, 0, 7, 20], [0, 2, 1, 3]])
-    assert torch.equal(whole_boxes(sizes, size=(8, 24)), boxes)
+    assert torch.equal(center_crop_boxes(sizes, size=(8, 24)), boxes)
     image = random_bytes(3, 40, 60)
     upright = torch.zeros(3, dtype=torch.bool)
     ours = resize(cut_and_padded(image, boxes), boxes[:, 2:], upright, size=(8, 24))

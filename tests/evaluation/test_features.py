@@ -7,7 +7,7 @@ import torch
 from scott_sparse import Encoder, EncoderConfig
 from scott_sparse.data.dataset import Images
 from scott_sparse.evaluation.encoders import FrozenEncoder, Pixels, TimmModel, fingerprint
-from scott_sparse.evaluation.features import BATCH, Features, extract, kept, whole_images
+from scott_sparse.evaluation.features import BATCH, Features, eval_images, extract, kept
 from scott_sparse.model.vit import layer_norm
 
 SIZE = (16, 24)
@@ -28,7 +28,7 @@ def images():
 @torch.inference_mode()
 def test_features_of_an_encoder(encoder, images):
     features = extract(FrozenEncoder(encoder), images, size=SIZE, tokens=True)
-    whole = whole_images(images, torch.arange(len(images)), size=SIZE)
+    whole = eval_images(images, torch.arange(len(images)), size=SIZE)
     tokens = layer_norm(encoder(whole))
     torch.testing.assert_close(features.mean, tokens.mean(1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(features.tokens.float(), tokens, atol=5e-3, rtol=1e-3)
@@ -40,7 +40,7 @@ def test_features_of_an_encoder(encoder, images):
 
 def test_pixels(images):
     features = extract(Pixels(8), images, size=SIZE, tokens=True)
-    whole = whole_images(images, torch.arange(len(images)), size=SIZE)
+    whole = eval_images(images, torch.arange(len(images)), size=SIZE)
     assert torch.equal(features.mean, whole.flatten(1))
     corner = whole[:, :, 8:16, 16:24].flatten(1)  # the last patch of 2 x 3
     assert features.tokens.shape == (len(images), 6, 192) and torch.equal(features.tokens[:, -1], corner.half())

@@ -69,7 +69,7 @@ def test_a_probe_writes_its_answer(probe, init, run_folder, photos_folder, tmp_p
     assert name == f"{probe}-photos" + (f"-{init}" if init else "")
     answer = answers[name]
     assert answer["protocol"] == "clean" and answer["chosen_on"] == "val" and len(answer["weights_hash"]) == 32
-    assert answer["images"] == {"fit": 66, "val": 6, "test": 24} and answer["classes"] == ["a", "b", "c"]
+    assert answer["images"] == {"train": 66, "val": 6, "test": 24} and answer["classes"] == ["a", "b", "c"]
     assert {"data_fingerprint", "seconds", "commit", "versions", "command"} <= set(answer)
     test = answer["test"]
     assert test["n"] == 24 and len(test["per_class"]) == 3 and sum(map(sum, test["confusion"])) == 24
@@ -127,7 +127,7 @@ def test_shuffled_test_labels_do_not_move_the_choice(probe, run_folder, photos_f
 
     def shuffled(*arguments, **options):
         data = open_data(*arguments, **options)
-        data.report.labels[:] = data.report.labels.roll(1)
+        data.test.labels[:] = data.test.labels.roll(1)
         return data
 
     monkeypatch.setattr(protocol, "open_data", shuffled)
@@ -153,7 +153,7 @@ def test_the_paper_protocol_says_so(run_folder, photos_folder, tmp_path):
     """No val was published: the choice is made on test, by all of train."""
     answer = ask("knn", run_folder, photos_folder, tmp_path, protocol="paper")["knn-photos-paper"]
     assert answer["protocol"] == "paper" and answer["chosen_on"] == "test"
-    assert answer["images"] == {"fit": 72, "val": 24, "test": 24} and answer["val"] == answer["test"]
+    assert answer["images"] == {"train": 72, "val": 24, "test": 24} and answer["val"] == answer["test"]
 
 
 def test_a_run_that_has_seen_test_is_not_evaluated_as_clean(run_folder, photos_folder, tmp_path):

@@ -66,7 +66,7 @@ def test_a_run_on_photos(labelled, tmp_path, monkeypatch, capsys):
     assert features.shape == (1, 16, 96)
     assert (out / "tokens.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((out / "recipe.json").read_text())["source"]["data"] == str(labelled)
-    assert summary["data"]["images"] == {"pretrain": 20, "fit": 18, "test": 8}
+    assert summary["data"]["images"] == {"pretrain": 20, "train": 18, "test": 8}
     assert summary["data"]["protocol"] == "clean"
     assert 0 < summary["input_share"] < 1 and "waited for input" in printed
     assert list(out.rglob("events.out.tfevents*"))

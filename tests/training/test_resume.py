@@ -373,7 +373,7 @@ def test_nonfinite_steps_can_be_left_out(where, train, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_while_saving_keeps_the_run_and_the_old_checkpoint(train, tmp_path, monkeypatch):
-    write, calls = checkpoint._write, []
+    write, calls = checkpoint.write_synced, []
 
     def full(path, data):
         calls.append(path)
@@ -381,7 +381,7 @@ def test_a_full_disk_while_saving_keeps_the_run_and_the_old_checkpoint(train, tm
             raise OSError(28, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(checkpoint, "write_synced", full)
     code, printed = train("run", "--save-every", 4, "--keep", 9)
     assert code is None and "step 8: no checkpoint could be written (No space left on device)" in printed
     assert printed.count("trying again later") == 2
@@ -395,7 +395,7 @@ def test_a_last_save_that_fails_is_no_success(where, train, tmp_path, monkeypatc
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*((checkpoint, "_write") if where == "checkpoint" else (pretrain.Log, "write")), full)
+    monkeypatch.setattr(*((checkpoint, "write_synced") if where == "checkpoint" else (pretrain.Log, "write")), full)
     code, _ = train("run")
     assert code.startswith("error: step 16: no checkpoint could be written") and "make room" in code
 

@@ -45,7 +45,7 @@ def main(question: Question) -> None:
     result = {"shots": shown, "draws": DRAWS, "test": {**last.to_json(), "of": f"{SHOTS[-1]} shots, first draw"}}
     write(question, "fewshot", frozen, result, seconds=time.perf_counter() - started)
     table = Table(
-        title=f"few-shot on {frozen.subject.name} features, {len(frozen.data.report):,} test images, {DRAWS} draws"
+        title=f"few-shot on {frozen.subject.name} features, {len(frozen.data.test):,} test images, {DRAWS} draws"
     )
     for column in ("labels per class", "top-1", "spread", "top-5", "mean per class"):
         table.add_column(column, justify="right")

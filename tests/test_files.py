@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from scott_sparse import Encoder, EncoderConfig, load_encoder, save_encoder
-from scott_sparse.files import MOST_JSON, read_json
+from scott_sparse.files import MAX_JSON_BYTES, read_json
 from scott_sparse.model.weights import CONFIG, WEIGHTS
 from scott_sparse.training.checkpoint import PARTS, check, newest_valid, save_checkpoint
 
@@ -174,7 +174,7 @@ def test_wrong_configs(wrong, folder, original):
 def test_large_json_is_not_read(tmp_path):
     path = tmp_path / "big.json"
     with path.open("wb") as file:
-        file.truncate(MOST_JSON + 1)
+        file.truncate(MAX_JSON_BYTES + 1)
     with pytest.raises(ValueError, match="is larger than 16 MiB"):
         read_json(path)
 

@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from filelock import FileLock
 from rich.console import Console
-from scott_sparse.evaluation.test import draw_tokens, knn_report, knn_table
+from scott_sparse.evaluation.report import draw_tokens, knn_report, knn_table
 
 from scott_sparse import MIMJEPA, save_encoder
 from scott_sparse.cli import exit_on_user_error, exit_with_error
@@ -106,7 +106,7 @@ def main() -> None:
         console.print(f"{len(data.unreadable):,} images cannot be read and are left out: see {out / 'unreadable.txt'}")
     if data.test_duplicates:
         console.print(
-            f"{data.leaked:,} of the {len(data.report):,} test images are also in the training set, pixel for pixel"
+            f"{data.test_duplicates:,} of the {len(data.test):,} test images are also in the training set, pixel for pixel"
         )
     try:
         with exit_on_user_error(each_process=True):

@@ -38,12 +38,12 @@ def knn_report(data: Data, initial: Encoder, pretrained: Encoder, *, size: tuple
     return scores
 
 
-def knn_table(data: Data, knn: dict[str, float], terms: tuple[str, ...]) -> Table | None:
+def knn_table(data: Data, knn: dict[str, float | None], terms: tuple[str, ...]) -> Table | None:
     if knn["pixels"] is None:
         return None
     chance = 100 / len(data.classes)
     table = Table(
-        title=f"k-NN on {len(data.report):,} test images, {len(data.classes)} classes (chance {chance:.1f} %)"
+        title=f"k-NN on {len(data.test):,} test images, {len(data.classes)} classes (chance {chance:.1f} %)"
     )
     table.add_column("features")
     table.add_column("accuracy", justify="right")

@@ -38,13 +38,13 @@ def test_without_warm_up_or_decay():
 
 def test_rates_follow_batch_and_length():
     """Adam's rate goes with the root of the batch, warm-up and the target's window with the length of the run."""
-    short = dataclasses.replace(SMALL_DATA, epochs=5).schedules(100)
+    short = dataclasses.replace(SMALL_DATA, epochs=5.0).schedules(100)
     assert short.warmup_steps == 50 and short.lr == SMALL_DATA.lr
     assert short.momentum_at(0) == short.momentum_at(499) == pytest.approx(1 - 1 / (0.04 * 500))
-    large = dataclasses.replace(SMALL_DATA, epochs=10, batch_size=256).schedules(25)
+    large = dataclasses.replace(SMALL_DATA, epochs=10.0, batch_size=256).schedules(25)
     assert large.warmup_steps == 25 and large.lr == pytest.approx(2 * SMALL_DATA.lr)
     assert large.momentum_at(0) == pytest.approx(1 - 1 / 10)
     assert dataclasses.replace(SMALL_DATA, epochs=0.1).schedules(10).momentum_at(0) == 0  # a step: the target copies
-    fixed = dataclasses.replace(SMALL_DATA, lr_batch=None, batch_size=256, momentum=(0.9, 1.0), warmup_epochs=1)
+    fixed = dataclasses.replace(SMALL_DATA, lr_batch=None, batch_size=256, momentum=(0.9, 1.0), warmup_epochs=1.0)
     assert fixed.schedules(25).lr == SMALL_DATA.lr and fixed.schedules(25).warmup_steps == 25
     assert fixed.schedules(25).momentum == (0.9, 1.0)

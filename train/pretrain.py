@@ -30,7 +30,7 @@ from scott_sparse.evaluation.report import draw_tokens, knn_report, knn_table
 
 from scott_sparse import MIMJEPA, save_encoder
 from scott_sparse.cli import exit_on_user_error, exit_with_error
-from scott_sparse.data.batches import Batches, default_workers, load
+from scott_sparse.data.batches import Batch, Batches, default_workers, load
 from scott_sparse.data.dataset import Data, open_data, short_side_for, unreadable_lines
 from scott_sparse.data.views import make_views
 from scott_sparse.distributed import full_state_dict, full_tensor, main_then_broadcast
@@ -40,8 +40,9 @@ from scott_sparse.model.losses import draw_projections
 from scott_sparse.model.tokenizer import TOKENIZERS
 from scott_sparse.model.vit import Encoder
 from scott_sparse.model.weights import CONFIG, WEIGHTS
-from scott_sparse.randomness import batch_indices, generator_at, seed_at
+from scott_sparse.randomness import batch_indices, generator_at
 from scott_sparse.shapes import Tensor
+from scott_sparse.training.accumulation import cache_pooled, seed_dropout
 from scott_sparse.training.log import METRICS, Log, NonFinite
 from scott_sparse.training.monitor import Collapse, OnlineReport
 from scott_sparse.training.optim import adamw, set_schedules
@@ -252,6 +253,13 @@ def train(run: Run, target: Encoder) -> dict:
     if recipe.tracker:
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start}})
 
+    def inputs(part: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """A micro-batch on the device: context images, target images, and what is visible."""
+        with log.input_time():
+            cuts = part.cuts.to(accelerator.device, non_blocking=True)
+            context, target_images = make_views(cuts, part.views, size=recipe.sides)
+            return context, target_images, part.visible.to(accelerator.device, non_blocking=True)
+
     model.train()
     batches = load_batches(recipe, accelerator, data, range(start, total_steps))
     wrong = torch.zeros((), device=accelerator.device)
@@ -262,14 +270,14 @@ def train(run: Run, target: Encoder) -> dict:
             with log.input_time():
                 parts = next(batches)
             set_schedules(optimizer, schedules, step)
-            torch.manual_seed(seed_at(recipe.seed, "dropout", step, accelerator.process_index))
             projections = projections_at(recipe, step, accelerator.device)
-            losses = []
+            losses, cached = [], None
+            if recipe.accumulate > 1 and recipe.objective.cross_crop_weight:
+                seen = ((context, visible) for context, _, visible in map(inputs, parts))
+                cached = cache_pooled(model, seen, accelerator, seed=recipe.seed, step=step)
             for number, part in enumerate(parts):
-                with log.input_time():
-                    cuts = part.cuts.to(accelerator.device, non_blocking=True)
-                    context, target_images = make_views(cuts, part.views, size=recipe.sides)
-                visible = part.visible.to(accelerator.device, non_blocking=True)
+                context, target_images, visible = inputs(part)
+                seed_dropout(recipe.seed, step, accelerator.process_index, number)
                 # 1. The target encoder looks at the whole of each image's first crop.
                 targets = None
                 if recipe.objective.mim_weight:
@@ -279,7 +287,7 @@ def train(run: Run, target: Encoder) -> dict:
                 last = number == recipe.accumulate - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
                     with accelerator.autocast():  # Accelerate wraps the model in it, but not one that is sharded
-                        terms = model(context, visible, targets, projections)
+                        terms = model(context, visible, targets, projections, cached=cached, number=number)
                     accelerator.backward(spoilt_if_nonfinite(terms["loss"]))
                 losses.append({key: value.detach() for key, value in terms.items()})
             # 3. Update, and let the target follow.

@@ -216,6 +216,7 @@ def insert_live(cached: Float[Tensor, "A R D"], number: int, live: Float[Tensor,
     what follows (projector, loss) gets it A times over A. The idea is GradCache's (arXiv 2101.06983).
     """
     scaled = live.detach() + len(cached) * (live - live.detach())  # equal to `live`, exactly
+    cached = cached.to(live.dtype)  # Accelerate returns outputs in fp32 also under autocast
     return torch.cat([*cached[:number], scaled, *cached[number + 1 :]])
 
 
@@ -233,5 +234,6 @@ def target_features(target: Encoder, images: Float[Tensor, "B 3 H W"]) -> Float[
 @torch.no_grad()
 def update_target(target: Encoder, encoder: Encoder, momentum: float) -> None:
     """target = momentum * target + (1 - momentum) * encoder for all parameters, after every optimizer step."""
-    own, new = list(target.parameters()), [full_tensor(p) for p in encoder.parameters()]
+    own: list[Tensor] = list(target.parameters())
+    new = [full_tensor(p) for p in encoder.parameters()]
     torch._foreach_lerp_(own, new, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]

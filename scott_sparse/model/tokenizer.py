@@ -5,6 +5,8 @@ forms of output: dense tokens (B, N, D) with zeros where hidden, and packed toke
 """
 
 import itertools
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,13 @@ from scott_sparse.shapes import Bool, Float, Int, Tensor
 # The stem by patch size P. Each stage is a 7x7 convolution of stride 2, a ReLU and, where True, a max-blur-pool of
 # stride 2, so that P = 2 ** (convolutions + pools).
 STAGES = {16: (True, True), 8: (True, False), 4: (True,)}
+
+Method = TypeVar("Method", bound=Callable)
+
+
+def not_compiled(method: Method) -> Method:
+    """Leave a method out of compiled graphs: the number of visible patches is not known when a graph is compiled."""
+    return cast(Method, torch.compiler.disable(method))
 
 
 class Tokenizer(nn.Module):
@@ -62,7 +71,7 @@ class Tokenizer(nn.Module):
         dense = dense.index_copy(0, indices[:, 0] * (h * w) + indices[:, 1], tokens)
         return dense.view(len(images), h * w, self.dim)
 
-    @torch.compiler.disable  # the number of visible patches is not known when a graph is compiled
+    @not_compiled
     def packed(
         self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]
     ) -> tuple[Float[Tensor, "S D"], Int[Tensor, "S 2"]]:
@@ -80,7 +89,7 @@ class Tokenizer(nn.Module):
         active = ActiveSites(visible, grid)
         return self._packed(images, active), torch.stack([active.image, active.patch], dim=1)
 
-    @torch.compiler.disable
+    @not_compiled
     def packed_by_image(
         self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]
     ) -> tuple[Float[Tensor, "B n D"], Int[Tensor, "B n"]]:

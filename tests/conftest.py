@@ -9,10 +9,13 @@ import pytest  # noqa: E402 - after the environment, which is read on import
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from scott_sparse import EncoderConfig  # noqa: E402
+
 for folder in ("train", "eval", "benchmarks"):  # scripts import their neighbours, as they do when run
     sys.path.insert(0, str(ROOT / folder))
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+TINY = EncoderConfig(dim=32, depth=2, heads=4, patch_size=16, stem_width=8, registers=2)
 torch.backends.cudnn.allow_tf32 = False  # parity is asked for to more digits than TF32 has
 
 

@@ -30,18 +30,19 @@ from scott_sparse.evaluation.report import draw_tokens, knn_report, knn_table
 
 from scott_sparse import MIMJEPA, save_encoder
 from scott_sparse.cli import exit_on_user_error, exit_with_error
-from scott_sparse.data.batches import Batches, default_workers, load
+from scott_sparse.data.batches import Batch, Batches, default_workers, load
 from scott_sparse.data.dataset import Data, open_data, short_side_for, unreadable_lines
 from scott_sparse.data.views import make_views
 from scott_sparse.distributed import full_state_dict, full_tensor, main_then_broadcast
 from scott_sparse.files import write_json
-from scott_sparse.model.engines.spconv import choose_engine
 from scott_sparse.model.jepa import make_target, target_features, update_target
-from scott_sparse.model.losses import draw_directions
+from scott_sparse.model.losses import draw_projections
+from scott_sparse.model.tokenizer import TOKENIZERS
 from scott_sparse.model.vit import Encoder
 from scott_sparse.model.weights import CONFIG, WEIGHTS
-from scott_sparse.randomness import batch_indices, generator_at, seed_at
+from scott_sparse.randomness import batch_indices, generator_at
 from scott_sparse.shapes import Tensor
+from scott_sparse.training.accumulation import cache_pooled, seed_dropout
 from scott_sparse.training.log import METRICS, Log, NonFinite
 from scott_sparse.training.monitor import Collapse, OnlineReport
 from scott_sparse.training.optim import adamw, set_schedules
@@ -252,6 +253,13 @@ def train(run: Run, target: Encoder) -> dict:
     if recipe.tracker:
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start}})
 
+    def inputs(part: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """A micro-batch on the device: context images, target images, and what is visible."""
+        with log.input_time():
+            cuts = part.cuts.to(accelerator.device, non_blocking=True)
+            context, target_images = make_views(cuts, part.views, size=recipe.sides)
+            return context, target_images, part.visible.to(accelerator.device, non_blocking=True)
+
     model.train()
     batches = load_batches(recipe, accelerator, data, range(start, total_steps))
     wrong = torch.zeros((), device=accelerator.device)
@@ -262,24 +270,24 @@ def train(run: Run, target: Encoder) -> dict:
             with log.input_time():
                 parts = next(batches)
             set_schedules(optimizer, schedules, step)
-            torch.manual_seed(seed_at(recipe.seed, "dropout", step, accelerator.process_index))
-            directions = directions_at(recipe, step, accelerator.device)
-            losses = []
+            projections = projections_at(recipe, step, accelerator.device)
+            losses, cached = [], None
+            if recipe.accumulate > 1 and recipe.objective.cross_crop_weight:
+                seen = ((context, visible) for context, _, visible in map(inputs, parts))
+                cached = cache_pooled(model, seen, accelerator, seed=recipe.seed, step=step)
             for number, part in enumerate(parts):
-                with log.input_time():
-                    cuts = part.cuts.to(accelerator.device, non_blocking=True)
-                    context, target_images = make_views(cuts, part.views, size=recipe.sides)
-                visible = part.visible.to(accelerator.device, non_blocking=True)
+                context, target_images, visible = inputs(part)
+                seed_dropout(recipe.seed, step, accelerator.process_index, number)
                 # 1. The target encoder looks at the whole of each image's first crop.
                 targets = None
-                if recipe.objective.mim:
+                if recipe.objective.mim_weight:
                     with accelerator.autocast():
-                        targets = target_features(target, target_images, blocks=recipe.objective.target_blocks)
+                        targets = target_features(target, target_images)
                 # 2. The context encoder sees what is visible, the predictor answers for what is hidden.
                 last = number == recipe.accumulate - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
                     with accelerator.autocast():  # Accelerate wraps the model in it, but not one that is sharded
-                        terms = model(context, visible, targets, directions)
+                        terms = model(context, visible, targets, projections, cached=cached, number=number)
                     accelerator.backward(spoilt_if_nonfinite(terms["loss"]))
                 losses.append({key: value.detach() for key, value in terms.items()})
             # 3. Update, and let the target follow.
@@ -329,12 +337,13 @@ def describe_nonfinite(run: Run, found: NonFinite) -> str:
     )
 
 
-def directions_at(recipe: Recipe, step: int, device: torch.device) -> torch.Tensor | None:
-    """SIGReg's random directions of a step, the same for all processes and crops."""
-    if not recipe.objective.invariance or recipe.objective.spread != "sigreg":
+def projections_at(recipe: Recipe, step: int, device: torch.device) -> Tensor | None:
+    """SIGReg's random projections of a step, the same for all processes and crops."""
+    objective = recipe.objective
+    if "sigreg" not in objective.weights:
         return None
     generator = generator_at(recipe.seed, "directions", step)
-    return draw_directions(recipe.objective.projector[1], recipe.objective.directions, generator=generator).to(device)
+    return draw_projections(objective.projector[1], objective.sigreg_projections, generator=generator).to(device)
 
 
 def load_batches(recipe: Recipe, accelerator: Accelerator, data: Data, steps: range):
@@ -347,7 +356,6 @@ def load_batches(recipe: Recipe, accelerator: Accelerator, data: Data, steps: ra
         recipe.mask,
         recipe.batch_size,
         recipe.seed,
-        masks=recipe.masks,
         accumulate=recipe.accumulate,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
@@ -359,10 +367,9 @@ def load_batches(recipe: Recipe, accelerator: Accelerator, data: Data, steps: ra
 
 
 def describe_engine(recipe: Recipe, device: torch.device) -> str:
-    """The engine of the context encoder's tokenizer, or `patch` embedding. Raises ValueError where it cannot work."""
-    if recipe.tokenizer == "patch":
-        return "patch"
-    return choose_engine(recipe.engine, device, visible_share=1 - recipe.hide_ratio, dim=recipe.encoder.dim)
+    """What computes the context encoder's tokens. Raises ValueError where it cannot work."""
+    tokenizer, share = TOKENIZERS[recipe.tokenizer], 1 - recipe.hide_ratio
+    return tokenizer.engine_name(recipe.engine, device, visible_share=share, dim=recipe.encoder.dim)
 
 
 def peak_memory_mib(device: torch.device) -> int:

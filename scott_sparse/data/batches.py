@@ -26,8 +26,7 @@ class Batch:
     cuts: UInt8[Tensor, "B V H W 3"]
     """Crops as they are in the images, padded below and right."""
     views: Views
-    visible: Bool[Tensor, "B VM N"]
-    """V crops of each image times their M masks."""
+    visible: Bool[Tensor, "B V N"]
 
     def pin_memory(self) -> "Batch":
         """Called by DataLoader, so that copies to a GPU do not wait."""
@@ -46,8 +45,6 @@ class Batches(Dataset):
     batch_size: int
     """Images of the global batch: over all processes and accumulation steps."""
     seed: int
-    masks: int = 1
-    """Of each crop."""
     accumulate: int = 1
     process: int = 0
     processes: int = 1
@@ -55,14 +52,13 @@ class Batches(Dataset):
     def __getitem__(self, step: int) -> list[Batch]:
         indices = batch_indices(step, images=len(self.images), batch=self.batch_size, seed=self.seed)
         views = draw_views(self.images.sizes[indices], self.views, generator=generator_at(self.seed, "views", step))
-        views_of_each = self.views.crops * self.masks
         visible = draw_visible(
-            self.batch_size * views_of_each,
+            self.batch_size * self.views.crops,
             self.grid,
             hide_ratio=self.hide_ratio,
             shape=self.mask,
             generator=generator_at(self.seed, "masks", step),
-        ).unflatten(0, (self.batch_size, views_of_each))
+        ).unflatten(0, (self.batch_size, self.views.crops))
         size = self.batch_size // (self.processes * self.accumulate)
         parts = []
         for part in range(self.accumulate):

@@ -37,10 +37,12 @@ class Recipe:
     """Side, or height and width, in pixels; multiples of the patch size."""
     size: str = "paper"
     """demo, tiny, small, paper, base or large."""
-    tokenizer: Literal["scott", "patch"] = "scott"
+    tokenizer: str = "scott"
+    """scott, the sparse tokenizer, or patch, the plain one."""
     patch_size: int = 16
     stem_width: int = 64
-    engine: Literal["auto", "spconv", "tiles", "dense"] = "auto"
+    engine: str = "auto"
+    """Of the sparse tokenizer: auto (the fastest), dense, halo or spconv."""
     ffn: Literal["swiglu", "mlp"] = "swiglu"
     registers: int = 0
     dropout: float = 0.0
@@ -50,8 +52,6 @@ class Recipe:
     # The task.
     hide_ratio: float = 0.6
     mask: Literal["block", "uniform"] = "block"
-    masks: int = 1
-    """Of each crop: a target's pass then serves several predictions."""
     objective: ObjectiveConfig = ObjectiveConfig()
     views: ViewConfig = ViewConfig()
 
@@ -110,7 +110,7 @@ class Recipe:
         """Raise ValueError for values that do not go together, naming field, value and remedy."""
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers {self.workers} must be 0 or more.")
-        for name in ("epochs", "batch_size", "masks", "accumulate", "lr", "log_every"):
+        for name in ("epochs", "batch_size", "accumulate", "lr", "log_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive.")
         if self.keep < 1 or (self.keep_every is not None and self.keep_every < 1):
@@ -129,10 +129,13 @@ class Recipe:
             raise ValueError(f"momentum {self.momentum} must lie in [0, 1].")
         self.encoder  # noqa: B018 - validates size, tokenizer and rates
         visible_count(self.grid[0] * self.grid[1], self.hide_ratio)
-        if self.objective.invariance and self.views.crops * self.masks < 2:
-            raise ValueError(f"invariance compares views of one image, got crops {self.views.crops}; use --crops 2.")
-        if self.objective.spread == "contrast" and self.batch_size < 2 * self.accumulate:
-            raise ValueError(f"contrast needs other images, got batch_size {self.batch_size}; use 2 or more at a time.")
+        if self.objective.cross_crop_weight and self.views.crops < 2:
+            raise ValueError(
+                f"cross_crop_weight {self.objective.cross_crop_weight:g} compares crops of an image, but crops is "
+                f"{self.views.crops}; use --crops 2 or --cross-crop-weight 0."
+            )
+        if "ntxent" in self.objective.weights and self.batch_size < 2:
+            raise ValueError(f"ntxent compares images, but batch_size is {self.batch_size}; use 2 or more.")
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -186,7 +189,7 @@ SMALL_DATA = Recipe(
     patch_size=8,
     stem_width=32,
     hide_ratio=0.75,
-    objective=ObjectiveConfig(predictor_depth=1, context="visible", invariance=0.5),
+    objective=ObjectiveConfig(predictor_depth=1, context="visible", cross_crop_weight=0.5),
     views=ViewConfig(crops=8, colour=0.0),
     epochs=24.0,
     lr=3e-3,
@@ -211,8 +214,8 @@ DEMO = dataclasses.replace(
 )
 
 RECIPES = {
-    "demo": ("MIM-JEPA with contrast of crops on petals at 48 px: five minutes on two CPU cores", DEMO),
-    "small-data": ("MIM-JEPA with contrast of eight crops at 64 px; what a plain --data FOLDER runs", SMALL_DATA),
+    "demo": ("MIM-JEPA and NT-Xent of six crops on petals at 48 px: five minutes on two CPU cores", DEMO),
+    "small-data": ("MIM-JEPA and NT-Xent of eight crops at 64 px; what a plain --data FOLDER runs", SMALL_DATA),
     "flowers102": ("the paper's recipe as published, and its data set: 224 px, 300 epochs", FLOWERS102),
 }
 
@@ -260,5 +263,6 @@ def parse(arguments: list[str]) -> tuple[str, Recipe]:
         close = difflib.get_close_matches(unknown[0], flags, n=1)
         meant = f"did you mean {close[0]}? " if close else ""
         raise ValueError(f"unknown option {unknown[0]}; {meant}--help lists all.")
+    recipe.objective.refuse_ignored(vars(default.objective))
     recipe.validate()
     return name, recipe

@@ -58,10 +58,10 @@ def test_a_run_on_photos(labelled, tmp_path, monkeypatch, capsys):
     assert set(summary["knn"]) == {"pixels", "init", "pretrained"}
     assert all(0 <= score <= 100 for score in summary["knn"].values())
     assert {"seconds", "images_per_second", "peak_memory_mib", "engine", "terms"} <= set(summary)
-    assert summary["engine"] == "tiles" and summary["steps"] == 6
+    assert summary["engine"] == "halo" and summary["steps"] == 6
     lines = metrics(out)
     assert [line["step"] for line in lines] == list(range(6))
-    assert {"loss", "mim", "contrast", "lr", "weight_decay", "momentum"} <= set(lines[0])
+    assert {"loss", "mim", "ntxent", "lr", "weight_decay", "momentum"} <= set(lines[0])
     features = load_encoder(out)(torch.zeros(1, 3, 32, 32))
     assert features.shape == (1, 16, 96)
     assert (out / "tokens.png").read_bytes()[:4] == b"\x89PNG"
@@ -89,14 +89,14 @@ def test_the_papers_recipe_in_miniature_without_labels(photos, tmp_path, monkeyp
     summary = json.loads((out / "summary.json").read_text())
     assert summary["knn"] == {"pixels": None, "init": None, "pretrained": None}
     assert summary["terms"] == ["MIM-JEPA"] and "loss terms: MIM-JEPA" in printed
-    assert "contrast" not in metrics(out)[0]
+    assert "ntxent" not in metrics(out)[0]
 
 
 def test_recipes_hold_the_published_values():
     paper = recipes.FLOWERS102
     assert (paper.sides, paper.encoder.dim, paper.encoder.depth, paper.encoder.heads) == ((224, 224), 384, 12, 4)
     assert (paper.epochs, paper.batch_size, paper.hide_ratio, paper.mask) == (300, 64, 0.6, "block")
-    assert paper.objective.invariance == 0 and paper.objective.context == "all"
+    assert paper.objective.cross_crop_weight == 0 and paper.objective.context == "all"
     assert (paper.dropout, paper.attention_dropout, paper.drop_path) == (0.2, 0.1, 0.1)
 
 
@@ -113,15 +113,17 @@ def test_forty_demo_steps_lower_the_loss(tmp_path, monkeypatch, capsys):
 
 
 def test_accumulation_is_the_same_run(labelled, tmp_path, monkeypatch, capsys):
-    """MIM-JEPA is a mean over images, so two halves of a batch give the gradient of the whole."""
+    """Four micro-batches of two images have the negatives and the projector's statistics of the batch of eight."""
     curves = []
-    for parts in (1, 2):
+    for parts in (1, 4):
         out = tmp_path / str(parts)
-        arguments = [*TINY, "--data", labelled, "--out", out, "--epochs", 4, "--warmup-epochs", 1, "--invariance", 0.0]
+        arguments = [*TINY, "--data", labelled, "--out", out, "--epochs", 4, "--warmup-epochs", 1]
         message, _ = run([*arguments, "--accumulate", parts], monkeypatch, capsys)
         assert message is None
-        curves.append([line["loss"] for line in metrics(out)])
-    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+        curves.append([[line[key] for key in ("loss", "mim", "ntxent", "gradient_norm")] for line in metrics(out)])
+    assert len(curves[0]) == 8
+    for step, (one, four) in enumerate(zip(*curves)):  # from the same to rounding, which training lets grow
+        assert four == pytest.approx(one, rel=1e-4 if step else 1e-5)
 
 
 @pytest.mark.parametrize("flags", [["--mixed_precision", "bf16"], ["--compile"]], ids=["bf16", "compile"])
@@ -129,7 +131,7 @@ def test_precision_and_compilation(flags, labelled, tmp_path, clean_environment)
     out = tmp_path / "run"
     launcher, script = (["accelerate", "launch"], ["train/pretrain.py"])
     if flags == ["--compile"]:  # the published objective: the fewest graphs to compile
-        script += ["--compile", "--invariance", 0.0, "--crops", 1, "--context", "all"]
+        script += ["--compile", "--cross-crop-weight", 0.0, "--crops", 1, "--context", "all"]
     else:
         launcher += flags
     arguments = [*TINY, "--data", labelled, "--out", out, "--epochs", 0.5, "--warmup-epochs", 0]
@@ -140,17 +142,19 @@ def test_precision_and_compilation(flags, labelled, tmp_path, clean_environment)
     assert summary["loss"]["last"] > 0
 
 
-@pytest.mark.parametrize("spread", ["sigreg", "contrast"])
-def test_two_processes_train_the_same_run(spread, labelled, tmp_path, clean_environment):
+@pytest.mark.parametrize("loss", ["sigreg", "ntxent"])
+def test_two_processes_train_the_same_run(loss, labelled, tmp_path, clean_environment):
+    """With NT-Xent the two accumulate as well: two micro-batches of two images each, against eight at once."""
     curves = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
         arguments = [*TINY, "--data", labelled, "--out", out, "--epochs", 5, "--warmup-epochs", 1]
-        arguments += ["--spread", spread, "--lr", "1e-3"]
+        arguments += ["--cross-crop-loss", loss, "--lr", "1e-3"]
+        arguments += ["--accumulate", 2] * (processes == 2 and loss == "ntxent")
         result = command([*torchrun(processes), "train/pretrain.py", *arguments], clean_environment)
         assert result.returncode == 0, result.stderr
         assert json.loads((out / "summary.json").read_text())["processes"] == processes
-        curves.append([[line[key] for key in ("loss", "mim", spread)] for line in metrics(out)])
+        curves.append([[line[key] for key in ("loss", "mim", loss)] for line in metrics(out)])
     assert len(curves[0]) == 10
     for step, (one, two) in enumerate(zip(*curves)):  # from the same to rounding, which training lets grow
         assert two == pytest.approx(one, rel=1e-4 if step else 1e-5)
@@ -192,8 +196,8 @@ MISTAKES = {
     "no data": (["small-data"], "--data needs a folder of images"),
     "batch size": (["--batch-size", "6000"], "batch_size 6000 is larger than the data set (5000 images"),
     "accumulate": (["--accumulate", "7"], "does not divide"),
-    "one crop": (["--crops", "1"], "invariance compares views of one image"),
-    "one image": (["--batch-size", "1"], "contrast needs other images, got batch_size 1"),
+    "one crop": (["--crops", "1"], "cross_crop_weight 0.5 compares crops of an image, but crops is 1; use --crops 2"),
+    "one image": (["--batch-size", "1"], "ntxent compares images, but batch_size is 1"),
     "temperature": (["--temperature", "0"], "temperature 0.0 must be positive"),
     "not a number": (["--epochs", "many"], "--epochs"),
     "crop scale": (["--crop-scale", "0.5", "2.0"], "crop_scale is (0.5, 2.0)"),

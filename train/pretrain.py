@@ -267,8 +267,8 @@ def train(run: Run, target: Encoder) -> dict:
             losses = []
             for number, part in enumerate(parts):
                 with log.input_time():
-                    cuts = part.cuts.to(accelerator.device, non_blocking=True)
-                    context, target_images = make_views(cuts, part.views, size=recipe.sides)
+                    crops = part.crops.to(accelerator.device, non_blocking=True)
+                    context, target_images = make_views(crops, part.views, size=recipe.sides)
                 visible = part.visible.to(accelerator.device, non_blocking=True)
                 # 1. The target encoder looks at the whole of each image's first crop.
                 targets = None
@@ -347,7 +347,6 @@ def load_batches(recipe: Recipe, accelerator: Accelerator, data: Data, steps: ra
         recipe.mask,
         recipe.batch_size,
         recipe.seed,
-        masks=recipe.masks,
         accumulate=recipe.accumulate,
         process=accelerator.process_index,
         processes=accelerator.num_processes,

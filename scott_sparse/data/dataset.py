@@ -22,21 +22,20 @@ class DataConfig:
     """Which images to use, and where decoded images are kept. Every field is a flag."""
 
     data: str | None = None
-    """Images to use: a folder of images, 'petals' (drawn flowers, no download), the name of a published data set
-    (flowers102, pets37, cifar10, ...; an unknown name lists all), or hf:OWNER/NAME of the Hugging Face Hub."""
+    """Images to use: a folder of images, petals (drawn flowers, no download), hf:OWNER/NAME of the Hugging Face Hub,
+    or a published data set by name: flowers102, pets37, cifar10, ... (an unknown name lists all)."""
     protocol: Literal["clean", "paper"] = "clean"
-    """Which images are used for what. clean: pretraining never sees a test image. paper: pretraining sees all images,
-    test included, as in the paper's own runs."""
+    """clean: pretraining never sees a test image.
+    paper: pretraining sees all images, test included, as in the paper's own runs."""
     data_root: Path = Path("data")
     """Folder in which published data sets lie, or to which they are downloaded."""
     cache: Literal["disk", "none"] = "disk"
-    """disk: decode each image once, into a file in --cache-dir (3 bytes a pixel). none: decode images again in every
-    epoch, for data sets larger than the disk."""
+    """disk: decode each image once, into a file in --cache-dir (3 bytes a pixel).
+    none: decode images again in every epoch, for data sets larger than the disk."""
     cache_dir: Path = CACHE_DIR
     """Folder in which decoded images (and the features of evaluations) are kept between runs."""
     ram_gib: float = 8.0
-    """Decoded images of at most this size, in GiB, are read into memory when a run starts; larger ones as they are
-    used."""
+    """Decoded images of at most this total size, in GiB, are read into memory when a run starts, larger ones later."""
     skip_unreadable: bool = False
     """Leave out images that cannot be read. Otherwise they are listed, and the run does not start."""
 

@@ -50,17 +50,17 @@ class ViewConfig:
     flip: float = 0.5
     """Probability, 0 to 1, that a crop is mirrored left to right."""
     colour: float = 0.6
-    """Probability, 0 to 1, that a view is coloured: its jitter, greyscale and blur then come up with the probabilities
-    below, in random order. Otherwise it keeps the colours of the image."""
+    """Probability, 0 to 1, that the colours of a view are changed at all.
+    If so, jitter, greyscale and blur are each applied with their own probability, in random order."""
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    """Strength of the jitter of brightness, contrast and saturation (0 to 1: factors from 1 - s to 1 + s) and of hue (0
-    to 0.5: rotations from -s to s of the hue circle), as in torchvision's ColorJitter."""
+    """Strength s of the jitter of brightness, contrast, saturation (0 to 1) and hue (0 to 0.5), as in ColorJitter:
+    factors are drawn from 1 - s to 1 + s, rotations of hue from -s to s of the circle."""
     jitter_p: float = 0.8
-    """Probability, 0 to 1, that a coloured view has its brightness, contrast, saturation and hue jittered."""
+    """Probability, 0 to 1, of jitter, given that the colours of a view are changed."""
     grey: float = 0.1
-    """Probability, 0 to 1, that a coloured view is made greyscale."""
+    """Probability, 0 to 1, of greyscale, given that the colours of a view are changed."""
     blur: float = 0.3
-    """Probability, 0 to 1, that a coloured view is blurred (Gaussian, 9 x 9 kernel)."""
+    """Probability, 0 to 1, of a Gaussian blur (9 x 9 kernel), given that the colours of a view are changed."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Smallest and largest standard deviation of the blur, in pixels of the view; drawn uniformly."""
 

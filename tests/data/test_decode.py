@@ -4,6 +4,7 @@ import io
 import os
 import random
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from PIL import Image, features
 
 from scott_sparse.data.cache import decode_once
-from scott_sparse.data.decode import Unreadable, decode
+from scott_sparse.data.decode import Unreadable, decode, prepare_pillow
 from scott_sparse.data.sources import folder_source
 
 H, W = 24, 36
@@ -146,6 +147,15 @@ def test_exif_orientation_is_applied(orientation):
 @pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0" + bytes(range(256))])
 def test_a_damaged_exif_block_costs_nothing_but_itself(exif):
     assert abs(decoded(encoded(RGB, format="JPEG", quality=95, exif=exif)) - ramp()).max() <= 9
+
+
+def test_pillows_warnings_are_silenced_from_the_first_picture_on(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", H * W - 1)  # Pillow warns above it
+    prepare_pillow.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (decoded(encoded(RGB, format="PNG")) == ramp()).all()
+    prepare_pillow.cache_clear()
 
 
 def test_a_wrong_extension_does_not_matter(tmp_path):

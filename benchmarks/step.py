@@ -113,7 +113,7 @@ class Step:
         part = self.batches[self.number][0]
         if self.plain:
             part = self._masks_by_loop(part)
-        context, target_images = make_views(part.cuts.to(self.device), part.views, size=self.recipe.sides)
+        context, target_images = make_views(part.crops.to(self.device), part.views, size=self.recipe.sides)
         visible = part.visible.to(self.device, non_blocking=True)
         mark("input")
         set_schedules(self.optimizer, self.schedules, self.number % 100)

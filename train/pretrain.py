@@ -26,7 +26,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from filelock import FileLock
 from rich.console import Console
-from scott_sparse.evaluation.report import draw_tokens, knn_report, knn_table
 
 from scott_sparse import MIMJEPA, save_encoder
 from scott_sparse.cli import exit_on_user_error, exit_with_error
@@ -34,6 +33,7 @@ from scott_sparse.data.batches import Batch, Batches, default_workers, load
 from scott_sparse.data.dataset import Data, open_data, short_side_for, unreadable_lines
 from scott_sparse.data.views import make_views
 from scott_sparse.distributed import full_state_dict, full_tensor, main_then_broadcast
+from scott_sparse.evaluation.report import draw_tokens, knn_report, knn_table
 from scott_sparse.files import write_json
 from scott_sparse.model.jepa import make_target, target_features, update_target
 from scott_sparse.model.losses import draw_projections
@@ -256,7 +256,7 @@ def train(run: Run, target: Encoder) -> dict:
     def inputs(part: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """A micro-batch on the device: context images, target images, and what is visible."""
         with log.input_time():
-            cuts = part.cuts.to(accelerator.device, non_blocking=True)
+            cuts = part.crops.to(accelerator.device, non_blocking=True)
             context, target_images = make_views(cuts, part.views, size=recipe.sides)
             return context, target_images, part.visible.to(accelerator.device, non_blocking=True)
 

@@ -42,9 +42,7 @@ def knn_table(data: Data, knn: dict[str, float | None], terms: tuple[str, ...]) 
     if knn["pixels"] is None:
         return None
     chance = 100 / len(data.classes)
-    table = Table(
-        title=f"k-NN on {len(data.test):,} test images, {len(data.classes)} classes (chance {chance:.1f} %)"
-    )
+    table = Table(title=f"k-NN on {len(data.test):,} test images, {len(data.classes)} classes (chance {chance:.1f} %)")
     table.add_column("features")
     table.add_column("accuracy", justify="right")
     table.add_row("raw pixels", f"{knn['pixels']:.1f} %")

@@ -100,6 +100,16 @@ def test_recipes_hold_the_published_values():
     assert (paper.dropout, paper.attention_dropout, paper.drop_path) == (0.2, 0.1, 0.1)
 
 
+def test_a_term_that_is_off_is_not_validated():
+    for arguments in (
+        ["demo", "--mim-weight", "0"],
+        ["small-data", "--cross-crop-weight", "0", "--crops", "1"],
+        ["flowers102", "--batch-size", "8", "--accumulate", "8"],
+        ["flowers102", "--batch-size", "1"],
+    ):
+        assert len(recipes.parse(arguments)[1].objective.terms) == 1
+
+
 def test_forty_demo_steps_lower_the_loss(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     steps = 40 / (5000 // 16)
@@ -198,6 +208,16 @@ MISTAKES = {
     "accumulate": (["--accumulate", "7"], "does not divide"),
     "one crop": (["--crops", "1"], "cross_crop_weight 0.5 compares crops of an image, but crops is 1; use --crops 2"),
     "one image": (["--batch-size", "1"], "ntxent compares images, but batch_size is 1"),
+    "ignored": (
+        ["--cross-crop-loss", "sigreg", "--temperature", "0.1"],
+        "temperature 0.1 has no effect: it is for NT-Xent",
+    ),
+    "ignored depth": (
+        ["--mim-weight", "0", "--predictor-depth", "2"],
+        "predictor_depth 2 has no effect: it is for MIM-JEPA, the loss is NT-Xent; leave it at 1",
+    ),
+    "old engine": (["--engine", "tiles"], "expected one of auto, dense, halo, spconv; tiles is called halo now"),
+    "tokenizer": (["--tokenizer", "conv"], "unknown tokenizer 'conv'; expected one of scott, patch"),
     "temperature": (["--temperature", "0"], "temperature 0.0 must be positive"),
     "not a number": (["--epochs", "many"], "--epochs"),
     "crop scale": (["--crop-scale", "0.5", "2.0"], "crop_scale is (0.5, 2.0)"),

@@ -122,6 +122,11 @@ def _digest(data: bytes | np.ndarray) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
+def pixel_digest(pixels: np.ndarray) -> int:
+    """64 bits of a hash of an image's pixels, as a signed integer."""
+    return int.from_bytes(_digest(np.ascontiguousarray(pixels))[:8], signed=True)
+
+
 def _fingerprint(source: Source, *settings: object) -> str:
     digest = hashlib.blake2b(repr((FORMAT, PIL.__version__, settings)).encode(), digest_size=16)
     for name in source.names:
@@ -206,7 +211,7 @@ def _decode_all(source: Source, short_side: int) -> Iterator[tuple[np.ndarray, i
             pixels = decode(source.pictures[i], short_side).numpy()
         except Unreadable as reason:
             return str(reason)
-        return pixels, int.from_bytes(_digest(pixels)[:8], signed=True)
+        return pixels, pixel_digest(pixels)
 
     with ThreadPoolExecutor(cpu_count()) as pool:
         waiting = deque()

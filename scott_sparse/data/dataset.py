@@ -18,16 +18,20 @@ from typing import Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from scott_sparse.cli import UserErrors
 from scott_sparse.data.builtin import PUBLISHED, published_source
-from scott_sparse.data.cache import decode_once
+from scott_sparse.data.cache import decode_once, pixel_digest
 from scott_sparse.data.petals import CACHE, CLASSES, petals
 from scott_sparse.data.sources import Source, folder_source
+from scott_sparse.files import write_atomically
 from scott_sparse.shapes import Int, Tensor, UInt8
 
 PETALS_COUNT = {"train": 4000, "val": 1000, "test": 1000}
 Splits = dict[str, Sequence[int]]
+PRETRAIN_IMAGES = "pretrain_images.safetensors"
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ class Images:
     """Of each image, in the store."""
     sizes: Int[Tensor, "n 2"]
     """Height and width in pixels."""
+    digests: Int[Tensor, " n"]
+    """64 bits of a hash of each image's pixels; comparable between images decoded to the same short side."""
     labels: Int[Tensor, " n"] | None
     names: Sequence[str]
 
@@ -87,8 +93,9 @@ class Images:
     ) -> "Images":
         """Images in memory: a list, or the rows of one tensor."""
         sizes = torch.tensor([image.shape[:2] for image in images])
+        digests = torch.tensor([pixel_digest(image.numpy()) for image in images])
         names = [str(i) for i in range(len(images))]
-        return cls(_InMemory(images), torch.arange(len(images)), sizes, labels, names)
+        return cls(_InMemory(images), torch.arange(len(images)), sizes, digests, labels, names)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -96,9 +103,9 @@ class Images:
     def __getitem__(self, indices: Int[Tensor, " m"]) -> "Images":
         labels = None if self.labels is None else self.labels[indices]
         names = [self.names[i] for i in indices.tolist()]
-        return Images(self.read, self.rows[indices], self.sizes[indices], labels, names)
+        return Images(self.read, self.rows[indices], self.sizes[indices], self.digests[indices], labels, names)
 
-    def cut(self, indices: Int[Tensor, " B"], boxes: Int[Tensor, "B V 4"]) -> UInt8[Tensor, "B V H W 3"]:
+    def crop(self, indices: Int[Tensor, " B"], boxes: Int[Tensor, "B V 4"]) -> UInt8[Tensor, "B V H W 3"]:
         """V boxes of each image, (top, left, height, width) in pixels, padded below and right to the largest.
 
         Cut before they are batched: an image of 1 x 5000 pixels does not make the whole batch that wide.
@@ -110,6 +117,31 @@ class Images:
             for view, (top, left, height, width) in zip(views, of_image):
                 view[:height, :width] = image[top : top + height, left : left + width]
         return padded
+
+    cut = crop
+
+
+def save_digests(folder: Path, images: Images) -> None:
+    """Record in a run folder which images it was pretrained on, as their `digests`."""
+    write_atomically(folder / PRETRAIN_IMAGES, save({"digests": images.digests}))
+
+
+def load_digests(folder: Path) -> Int[Tensor, " n"] | None:
+    """Digests of the images that a run was pretrained on; None if its folder does not record them.
+
+    Raises:
+        ValueError: if the file is not one that `save_digests` wrote.
+    """
+    path = folder / PRETRAIN_IMAGES
+    if not path.is_file():
+        return None
+    try:
+        digests = load_file(path)["digests"]
+    except (SafetensorError, KeyError):
+        digests = torch.empty(0)
+    if digests.dtype != torch.int64 or digests.ndim != 1:
+        raise ValueError(f"{path} does not hold the digests of images, one int64 for each; remove it.")
+    return digests
 
 
 @dataclass(frozen=True)
@@ -172,10 +204,12 @@ def open_data(config: DataConfig, *, short_side: int) -> Data:
     if unreadable and (not config.skip_unreadable or len(unreadable) == len(source.names)):
         raise UnreadableImages(unreadable, len(source.names))
     labels = torch.tensor(source.labels) if source.labels else None
-    images = Images(decoded.read, torch.arange(len(source.names)), decoded.sizes, labels, source.names)
+    images = Images(
+        decoded.read, torch.arange(len(source.names)), decoded.sizes, decoded.digests, labels, source.names
+    )
     roles = select(config.protocol, source.splits, source.names, source.labels)
     roles = {role: [i for i in part if i not in decoded.unreadable] for role, part in roles.items()}
-    return _data(images, roles, source.classes, decoded.digests, unreadable)
+    return _data(images, roles, source.classes, images.digests, unreadable)
 
 
 def find_source(data: str, *, root: Path) -> Source:
@@ -227,7 +261,7 @@ def _petals(config: DataConfig, short_side: int) -> Data:
         torch.cat([images.permute(0, 2, 3, 1) for images, _, _ in drawn]), torch.cat([labels for *_, labels in drawn])
     )
     roles = select(config.protocol, splits, images.names, images.labels.tolist())
-    return _data(images, roles, CLASSES, torch.arange(start), {})
+    return _data(images, roles, CLASSES, images.digests, {})
 
 
 def _data(images: Images, roles: Splits, classes, digests: Int[Tensor, " n"], unreadable: dict[str, str]) -> Data:

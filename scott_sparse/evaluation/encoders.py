@@ -23,11 +23,10 @@ BLOCKS = 4
 
 
 class ImageEncoder(nn.Module):
-    """Base class; a subclass defines `forward` as above and `describe`."""
+    """Base class; a subclass defines `forward` as above."""
 
-    def describe(self) -> dict:
-        """Everything but the weights that determines the output: values that JSON can hold."""
-        raise NotImplementedError
+    description: dict
+    """Everything but the weights that determines the output, in values that JSON can hold."""
 
 
 class FrozenEncoder(ImageEncoder):
@@ -37,14 +36,11 @@ class FrozenEncoder(ImageEncoder):
     def __init__(self, encoder: Encoder):
         super().__init__()
         self.encoder = encoder.eval()
+        self.description = {"blocks": BLOCKS, **dataclasses.asdict(encoder.config)}  # engines compute the same
 
     def forward(self, images: Float[Tensor, "B 3 h w"]) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B N D"]]:
         blocks = [layer_norm(tokens.float()) for tokens in self.encoder.last_blocks(images, BLOCKS)]
         return torch.stack([tokens.mean(1) for tokens in blocks], dim=1), blocks[-1]
-
-    def describe(self) -> dict:
-        """The config without the engine: engines compute the same function."""
-        return {"blocks": BLOCKS, **dataclasses.asdict(self.encoder.config)}
 
 
 class Pixels(ImageEncoder):
@@ -52,21 +48,17 @@ class Pixels(ImageEncoder):
 
     def __init__(self, patch_size: int):
         super().__init__()
-        self.patch_size = patch_size
+        self.patch_size, self.description = patch_size, {"patch_size": patch_size}
 
     def forward(self, images: Float[Tensor, "B 3 h w"]) -> tuple[Float[Tensor, "B 1 C"], Float[Tensor, "B N D"]]:
         p = self.patch_size
         return images.flatten(1)[:, None], rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
 
-    def describe(self) -> dict:
-        return {"patch_size": self.patch_size}
-
 
 class TimmModel(ImageEncoder):
     """A model of timm with its published weights, its normalisation and its own pooling. `size`: (height, width).
 
-    Raises:
-        ValueError: if timm is not installed or does not know the name, or if the weights cannot be fetched.
+    Raises ValueError if timm is not installed or does not know the name, or if the weights cannot be fetched.
     """
 
     scale: Tensor
@@ -102,14 +94,11 @@ class TimmModel(ImageEncoder):
         channels_last = features.shape[-1] == self.model.num_features  # as in timm's Swin
         return pooled, rearrange(features, "b h w c -> b (h w) c" if channels_last else "b c h w -> b (h w) c")
 
-    def describe(self) -> dict:
-        return self.description
-
 
 def fingerprint(encoder: ImageEncoder) -> str:
     """A hash of all that determines the features of given images: class, description, normalisation and weights."""
     digest = hashlib.blake2b(digest_size=16)
-    form = [type(encoder).__name__, encoder.describe(), IMAGENET_MEAN, IMAGENET_STD]
+    form = [type(encoder).__name__, encoder.description, IMAGENET_MEAN, IMAGENET_STD]
     digest.update(json.dumps(form, sort_keys=True, default=str).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(json.dumps([name, str(tensor.dtype), *tensor.shape]).encode())

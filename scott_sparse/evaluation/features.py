@@ -91,17 +91,18 @@ def extract(
 ) -> Features | None:
     """Features of the centre crop and of `copies` random crops of each image; None on all but the main process.
 
-    `encoder` is on this process's device, `size` is (height, width) in pixels, `workers` processes read ahead.
+    `size` is (height, width) in pixels; `workers` processes read images ahead.
     """
     state = process_state()
     processes, device = state.num_processes, state.device or torch.device("cpu")
+    encoder = encoder.to(device).eval()
 
     def outputs(crops: _Crops) -> Iterator[tuple[Tensor, ...]]:
         """Pooled features, and tokens if asked for, of this process's batches together with those of the others."""
         batches = range(state.process_index, -(-len(crops) // processes) * processes, processes)
         for pixels, extents, flip in load(crops, batches, workers=workers, pin=device.type == "cuda"):
-            pooled, words = encoder(resize(pixels.to(device, non_blocking=True), extents, flip, size=size))
-            gathered = [gather(x) for x in ((pooled.float(), words.half()) if tokens else (pooled.float(),))]
+            pooled, all_tokens = encoder(resize(pixels.to(device, non_blocking=True), extents, flip, size=size))
+            gathered = gather((pooled.float(), all_tokens.half()) if tokens else (pooled.float(),))
             if state.is_main_process:
                 yield tuple(x.cpu() for x in gathered if isinstance(x, Tensor))
 
@@ -145,16 +146,16 @@ def _read_features(path: Path) -> Features | None:
 
 
 def export_features(
-    path: Path, encoder: ImageEncoder, parts: Sequence[Images], *, size: tuple[int, int], patches: bool, workers: int
+    path: Path, encoder: ImageEncoder, parts: Sequence[Images], *, size: tuple[int, int], **how
 ) -> None:
-    """Write the features of some images for other programs (see eval/extract.py); all processes take part."""
-    features = [extract(encoder, part, size=size, tokens=patches, workers=workers) for part in parts]
+    """Write the features of some images, extracted with `how`, for other programs (see eval/extract.py)."""
+    features = [extract(encoder, part, size=size, **how) for part in parts]
     features = [part for part in features if part is not None]
     if not features:  # not the main process
         return
     blocks = torch.cat([part.pooled for part in features])
     tensors = {"embeddings": blocks[:, -1].contiguous(), "blocks": blocks}
-    if patches:
+    if features[0].tokens is not None:
         tensors["patches"] = torch.cat([part.tokens for part in features if part.tokens is not None])
     names = [name for part in parts for name in part.names]
     write_atomically(path, save(tensors, metadata={"names": json.dumps(names), "image_size": json.dumps(size)}))

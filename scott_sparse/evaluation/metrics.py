@@ -1,6 +1,7 @@
 """Classification metrics of a probe; rates are in per cent."""
 
 import dataclasses
+import json
 import math
 
 import torch
@@ -29,7 +30,7 @@ class Scores:
 
     def to_json(self) -> dict:
         """Rates are rounded to two digits, more than a test set below 10,000 images resolves."""
-        return {name: _rounded(value) for name, value in dataclasses.asdict(self).items()}
+        return json.loads(json.dumps(dataclasses.asdict(self)), parse_float=lambda number: round(float(number), 2))
 
 
 def score(logits: Float[Tensor, "n K"], labels: Int[Tensor, " n"]) -> Scores:
@@ -87,9 +88,3 @@ def check_finite(features: Float[Tensor, "n ..."]) -> None:
     for chunk in features.split(16384):
         if not chunk.isfinite().all():
             raise ValueError("features are not finite: the encoder diverged, or its weights are damaged.")
-
-
-def _rounded(value):
-    if isinstance(value, float):
-        return round(value, 2)
-    return [_rounded(x) for x in value] if isinstance(value, (list, tuple)) else value

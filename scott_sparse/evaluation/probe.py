@@ -19,7 +19,6 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from scott_sparse.data.batches import default_workers
 from scott_sparse.data.dataset import Data, Images, open_data, short_side_for
 from scott_sparse.distributed import process_state
 from scott_sparse.evaluation.encoders import fingerprint
@@ -30,18 +29,18 @@ from scott_sparse.evaluation.subject import EncoderUnderTest, ProbeConfig, count
 from scott_sparse.files import write_json
 from scott_sparse.shapes import Float, Int, Tensor
 
+ROLES = ("train", "val", "test")
+
 
 @runtime_checkable
 class Probe(Protocol):
     """A classifier of frozen features, fitted for each setting of a sweep."""
 
     @property
-    def settings(self) -> Sequence[dict]:
-        """What distinguishes each setting, such as {"k": 20}."""
-        ...
+    def settings(self) -> Sequence[dict]: ...  # what distinguishes each, such as {"k": 20}
 
     def logits(self, features: Features, settings: Sequence[int]) -> Iterable[Float[Tensor, "m K"]]:
-        """Scores of the K classes for m images, for each setting by its index."""
+        """Scores of the K classes for m images, for each of some settings by index."""
         ...
 
 
@@ -51,18 +50,16 @@ class ProbeData:
 
     encoder: EncoderUnderTest
     data: Data
+    test_images_pretrained_on: int | None
+    """See `count_pretrained_test_images`."""
     classes: tuple[str, ...]
+    train_labels: Int[Tensor, " n"]
+    """With random crops of each image: in the order of `train`."""
+    val_labels: Int[Tensor, " m"]
+    test_labels: Int[Tensor, " t"]
     train: Features
     val: Features
     test: Features
-    train_labels: Int[Tensor, " n"]
-    """Of centre crops and random crops, in the order of `train`."""
-    val_labels: Int[Tensor, " m"]
-    test_labels: Int[Tensor, " t"]
-    weights_hash: str
-    """See `fingerprint`."""
-    test_images_pretrained_on: int | None
-    """See `count_pretrained_test_images`."""
 
 
 def load_probe_data(config: ProbeConfig, *, tokens: bool = False, copies: int = 0) -> ProbeData | None:
@@ -90,42 +87,25 @@ def load_probe_data(config: ProbeConfig, *, tokens: bool = False, copies: int = 
         names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise ValueError(f"--data {source.data} has no training image of {len(missing)} classes ({names}); add some.")
     pretrained_on = count_pretrained_test_images(encoder, source, data)
-    device = state.device or torch.device("cpu")
-    model = encoder.model.to(device).eval().requires_grad_(False)
-    weights_hash = fingerprint(model)
-    workers = default_workers(streamed=source.cache == "none", on_gpu=device.type == "cuda")
     height, width = encoder.size
+    key = f"{FORMAT}-{fingerprint(encoder.model)}-{data.fingerprint}"
+    how = {"size": encoder.size, "tokens": tokens, "workers": config.workers}
 
     def features_of(role: str, images: Images, copies: int = 0) -> Features | None:
-        name = f"{FORMAT}-{weights_hash}-{data.fingerprint}-{role}-{height}x{width}-{copies}{'-tokens' * tokens}"
+        name = f"{key}-{role}-{height}x{width}-{copies}{'-tokens' * tokens}.safetensors"
+        path = source.cache_dir / "features" / name
+        return cached_features(path, lambda: extract(encoder.model, images, copies=copies, **how))
 
-        def make() -> Features | None:
-            return extract(model, images, size=encoder.size, copies=copies, tokens=tokens, workers=workers)
-
-        return cached_features(source.cache_dir / "features" / f"{name}.safetensors", make)
-
-    features = features_of("train", train, copies), features_of("val", val), features_of("test", test)
+    features = [features_of("train", train, copies), features_of("val", val), features_of("test", test)]
     state.wait_for_everyone()
     state.destroy_process_group()
-    of_train, of_val, of_test = features
-    if of_train is None or of_val is None or of_test is None:
+    features = [part for part in features if part is not None]
+    if not features:
         return None
-    for part in (of_train, of_val, of_test):
+    for part in features:
         check_finite(part.pooled)
-    labels = train.labels.repeat(1 + copies)
-    return ProbeData(
-        encoder,
-        data,
-        data.classes,
-        of_train,
-        of_val,
-        of_test,
-        labels,
-        val.labels,
-        test.labels,
-        weights_hash,
-        pretrained_on,
-    )
+    labels = {"train_labels": train.labels.repeat(1 + copies), "val_labels": val.labels, "test_labels": test.labels}
+    return ProbeData(encoder, data, pretrained_on, data.classes, **labels, **dict(zip(ROLES, features)))
 
 
 def run_probe(
@@ -139,8 +119,7 @@ def run_probe(
     data = load_probe_data(config, tokens=tokens, copies=copies)
     if data is None:
         return
-    device = process_state().device
-    probe = fit(data.train, data.train_labels, classes=len(data.classes), device=device)
+    probe = fit(data.train, data.train_labels, classes=len(data.classes), device=process_state().device)
     choice, val, settings_tried = choose(probe, data.val, data.val_labels)
     (logits,) = probe.logits(data.test, [choice])
     result = {
@@ -166,8 +145,8 @@ def write_result(config: ProbeConfig, name: str, data: ProbeData, result: dict, 
     Results of other images, sizes, weights or settings go to other files.
     """
     encoder, images, source = data.encoder, data.data, config.source
-    assert source.data and images.val and images.test
-    settings = config.own_settings()
+    assert source.data is not None and images.val is not None and images.test is not None
+    settings = config.own_settings
     name = "-".join([name, *(value if isinstance(value, str) else f"{key}{value}" for key, value in settings.items())])
     chosen_on_test = torch.equal(images.val.rows, images.test.rows)  # paper protocol without a published val
     result = {
@@ -175,7 +154,7 @@ def write_result(config: ProbeConfig, name: str, data: ProbeData, result: dict, 
         "subject": encoder.name,
         "run": encoder.run,
         "image_size": list(encoder.size),
-        "weights_hash": data.weights_hash,
+        "weights_hash": fingerprint(encoder.model),
         "data": source.data,
         "data_fingerprint": images.fingerprint,
         "protocol": source.protocol,
@@ -196,10 +175,9 @@ def write_result(config: ProbeConfig, name: str, data: ProbeData, result: dict, 
     key = hashlib.blake2b(repr([result[field] for field in distinguishing]).encode(), digest_size=4).hexdigest()
     folder = Path(source.data).expanduser()
     data_name = re.sub(r"[^\w.-]+", "_", folder.resolve().name if folder.is_dir() else folder.name)[:40]
-    parts = [name, data_name]
-    parts += [] if source.protocol == "clean" else [source.protocol]
-    parts += [] if encoder.name == "pretrained" or config.timm else [encoder.name]
-    path = encoder.out / f"{'-'.join([*parts, key])}.json"
+    protocol = "paper" if source.protocol == "paper" else ""
+    subject = encoder.name if encoder.name in ("pixels", "random", "context") else ""
+    path = encoder.out / f"{'-'.join(filter(None, (name, data_name, protocol, subject, key)))}.json"
     write_json(path, result)
     draw_confusion(path.with_suffix(".png"), result["test"]["confusion"], data.classes)
     print(f"{path}, {path.with_suffix('.png').name}")

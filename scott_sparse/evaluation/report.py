@@ -1,6 +1,5 @@
 """Tables and figures: of one probe, of all results of some runs, and of pretraining."""
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -96,16 +95,12 @@ def collect_results(runs: Iterable[Path]) -> dict[str, dict[str, dict[str, str]]
         if not files:
             raise ValueError(f"{run}/eval holds no results; expected those of eval/knn.py and its neighbours.")
         results += [read_json(file) for file in files]
-    for result in results:
-        result["data"] = str(Path(result["data"]))  # PHOTOS and PHOTOS/ are one
-    data_names = _short_names(result["data"] for result in results)
-    run_names = _short_names(result["run"] for result in results)
     tables: dict[str, dict[str, dict[str, str]]] = {}
     for result in results:
-        run, (height, width) = run_names[result["run"]], result["image_size"]
-        encoder = f"{run} {result['subject']}" if result["subject"] in OURS else result["run"]
+        height, width = result["image_size"]
         size = f"{height} px" if height == width else f"{height} x {width} px"
-        table = tables.setdefault(f"{data_names[result['data']]}, {result['protocol']} protocol", {})
+        encoder = f"{result['run']} {result['subject']}" if result["subject"] in OURS else result["run"]
+        table = tables.setdefault(f"{Path(result['data'])}, {result['protocol']} protocol", {})
         cells = table.setdefault(f"{encoder}, {size}", {})
         if result["probe"].startswith("fewshot"):
             shots = {f"{n} shot{'s' * (n != '1')}": row["top1"] for n, row in result["shots"].items()}
@@ -130,13 +125,6 @@ def print_results(runs: Iterable[Path]) -> None:
         print(f"\n{title}: test top-1, % (± half of the 95 % interval; shots: deviation over draws)\n")
         for line in lines:
             print(f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths))} |")
-
-
-def _short_names(paths: Iterable[str]) -> dict[str, str]:
-    """The last part of each path, or all of it where two share that."""
-    last = {path: Path(path).name or path for path in paths}
-    counts = Counter(last.values())
-    return {path: name if counts[name] == 1 else path for path, name in last.items()}
 
 
 def knn_report(

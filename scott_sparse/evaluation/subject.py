@@ -9,6 +9,7 @@ import torch
 import tyro
 
 from scott_sparse.cli import exit_on_user_error, parse_flags
+from scott_sparse.data.batches import default_workers
 from scott_sparse.data.dataset import Data, DataConfig, load_digests, open_data, short_side_for
 from scott_sparse.distributed import rank
 from scott_sparse.evaluation.encoders import FrozenEncoder, ImageEncoder, Pixels, TimmModel
@@ -37,6 +38,12 @@ class ProbeConfig:
     out: Path | None = None
     """Folder for the results. Default: RUN/eval."""
 
+    @property
+    def workers(self) -> int:
+        """Processes that read images."""
+        return default_workers(streamed=self.source.cache == "none", on_gpu=torch.cuda.is_available())
+
+    @property
     def own_settings(self) -> dict:
         """The flags of a subclass that differ from their defaults."""
         shared = {field.name for field in dataclasses.fields(ProbeConfig)}
@@ -56,11 +63,8 @@ class EncoderUnderTest:
     size: tuple[int, int]
     """Height and width of the evaluated images in pixels."""
     out: Path
-    folder: Path | None = None
-    """The run folder of a pretrained encoder."""
-    trained_size: tuple[int, int] | None = None
     pretraining: dict | None = None
-    """What `folder` records about the pretraining images: `data` of summary.json."""
+    """Of a pretrained encoder, if its run folder says it: `data` of summary.json, and `image_size`."""
 
 
 def run_script(config_type: type[Config], main: Callable[[Config], None]) -> None:
@@ -78,21 +82,20 @@ def open_encoder(config: ProbeConfig) -> EncoderUnderTest:
     if config.timm:
         if config.run or config.init:
             raise ValueError("--timm stands in place of a run and of --init; give only one of them.")
-        model = TimmModel(config.timm)
-        out = config.out or Path("runs", f"timm-{config.timm.replace('/', '-')}", "eval")
+        model, folder = TimmModel(config.timm), Path("runs", f"timm-{config.timm.replace('/', '-')}")
+        out = config.out or folder / "eval"
         return EncoderUnderTest(config.timm, f"timm:{config.timm}", model, size or model.size, out)
     if config.run is None:
         raise ValueError("nothing to evaluate: name a run folder (as in eval/knn.py runs/demo), or --timm MODEL.")
     encoder = load_encoder(config.run, weights=config.weights)  # for a baseline too: without weights it is not a run
     folder = Path(config.run)
     out = config.out or (folder / "eval" if folder.is_dir() else Path("runs", folder.name, "eval"))
-    recipe, summary = (
-        read_json(folder / file) if (folder / file).is_file() else {} for file in ("recipe.json", "summary.json")
-    )
-    trained_size = _height_width(recipe["image_size"]) if "image_size" in recipe else None
-    size = size or trained_size
+    files = (folder / name for name in ("recipe.json", "summary.json"))
+    recipe, summary = (read_json(file) if file.is_file() else {} for file in files)
     if size is None:
-        raise ValueError(f"{config.run} does not say at which image size it was trained; give --image-size.")
+        if "image_size" not in recipe:
+            raise ValueError(f"{config.run} does not say at which image size it was trained; give --image-size.")
+        size = _height_width(recipe["image_size"])
     if config.init == "pixels":
         return EncoderUnderTest("pixels", config.run, Pixels(encoder.config.patch_size), size, out)
     if config.init == "random":
@@ -101,9 +104,11 @@ def open_encoder(config: ProbeConfig) -> EncoderUnderTest:
         torch.manual_seed(recipe["seed"])  # as in train/pretrain.py, where the encoder is made first
         initial = Encoder(read_config(folder / CONFIG))
         return EncoderUnderTest("random", config.run, FrozenEncoder(initial), size, out)
+    pretraining = None
+    if "data" in summary and "image_size" in recipe:
+        pretraining = {**summary["data"], "image_size": recipe["image_size"]}
     name = {"target": "pretrained", "context": "context"}[config.weights]
-    model, data = FrozenEncoder(encoder), summary.get("data")
-    return EncoderUnderTest(name, config.run, model, size, out, folder, trained_size, data)
+    return EncoderUnderTest(name, config.run, FrozenEncoder(encoder), size, out, pretraining)
 
 
 def count_pretrained_test_images(encoder: EncoderUnderTest, source: DataConfig, data: Data) -> int | None:
@@ -113,10 +118,10 @@ def count_pretrained_test_images(encoder: EncoderUnderTest, source: DataConfig, 
     encoder was pretrained on test images of which the data set holds no copy among its other images.
     """
     run = encoder.pretraining
-    if encoder.folder is None or encoder.trained_size is None or run is None:
+    if run is None:
         return None
     # Digests and fingerprint depend on the size of the decoded images, the fingerprint on the protocol too.
-    short_side, protocol = short_side_for(encoder.trained_size), run.get("protocol", source.protocol)
+    short_side, protocol = short_side_for(_height_width(run["image_size"])), run.get("protocol", source.protocol)
     same_side = short_side == short_side_for(encoder.size)
     if not same_side or protocol != source.protocol:
         cache = source.cache if same_side else "none"  # only the digests are needed
@@ -124,7 +129,7 @@ def count_pretrained_test_images(encoder: EncoderUnderTest, source: DataConfig, 
     same_data = data.fingerprint == run.get("fingerprint")
     if not same_data and rank() == 0:
         print(f"note: {encoder.run} was pretrained on other data ({run.get('source')}) than --data {source.data}.")
-    test, pretrain, digests = data.test, data.pretrain, load_digests(encoder.folder)
+    test, pretrain, digests = data.test, data.pretrain, load_digests(Path(encoder.run))
     assert test is not None
     if digests is None:
         count, unexplained = None, len(test) if same_data and protocol == "paper" else 0

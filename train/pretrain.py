@@ -123,12 +123,14 @@ def main() -> None:
     context = make_target(target)
     context.load_state_dict(full_state_dict(run.model.encoder))
     device = accelerator.device
-    knn = knn_report(data, initial.to(device), target, size=recipe.sides)
+    knn = knn_report(data.train, data.val, initial.to(device), target, size=recipe.sides)
     if accelerator.is_main_process:
         with exit_on_user_error():
             save_encoder(target, out)
             save_encoder(context, out, weights="context")
-            draw_tokens(out / "tokens.png", data, initial, target, recipe=recipe, device=device)
+            mask = {"hide_ratio": recipe.hide_ratio, "mask_shape": recipe.mask}
+            images = data.test or data.pretrain
+            draw_tokens(out / "tokens.png", images, initial, target, size=recipe.sides, **mask, device=device)
         summary = {
             "recipe": run.name,
             "knn": knn,
@@ -154,9 +156,9 @@ def main() -> None:
         }
         with exit_on_user_error():
             write_json(out / "summary.json", summary)
-        table = knn_table(data, knn, recipe.objective.terms)
-        if table is not None:
-            console.print(table)
+        if data.val and data.classes:
+            terms = recipe.objective.terms
+            console.print(knn_table(knn, images=len(data.val), classes=len(data.classes), terms=terms))
         console.print(
             f"{summary['seconds']:.0f} s in all, {100 * summary['input_share']:.0f} % of training waited for input; "
             f"results in {out}: summary.json, tokens.png, encoder.safetensors"

@@ -42,6 +42,7 @@ from scott_sparse.evaluation.linear import LinearProbe, fit_linear  # noqa: E402
 from scott_sparse.evaluation.metrics import score  # noqa: E402
 from scott_sparse.model.jepa import make_target  # noqa: E402
 from scott_sparse.shapes import Tensor  # noqa: E402
+from scott_sparse.training.run import open_run  # noqa: E402
 
 RUNS = ROOT / "benchmarks" / "evidence.jsonl"
 # Fewer than eval/linear.py tries: it would take longer than some cells train.
@@ -70,7 +71,7 @@ PARTS = {
     "hide .5": ("--hide-ratio", "0.5"),
     "hide .6": ("--hide-ratio", "0.6"),
     "hide .75": ("--hide-ratio", "0.75"),
-    "EMA .996 to 1": ("--momentum", "0.996", "1.0"),
+    "EMA .996 to 1": ("--ema-momentum", "0.996", "1.0"),
     "lr / 2": ("--lr", "0.0015"),
     "lr / 4": ("--lr", "0.00075"),
     "batches of 64": ("--batch-size", "64"),
@@ -181,7 +182,7 @@ def run_cell(bench: Bench, name: str, seed: int, length: float) -> dict:
     flags = ["demo" if bench.data == "petals" else "small-data", "--data", bench.data, "--seed", seed, "--out", out]
     flags += ["--epochs", bench.epochs * length, "--batch-size", bench.batch_size, "--report-every", 0, "--overwrite"]
     flags += ["--cache-dir", CACHE, *cell.flags]
-    run = pretrain.prepare([str(flag) for flag in flags])
+    run = open_run([str(flag) for flag in flags])
     recipe, data, encoder, told = run.recipe, run.data, make_target(run.model.encoder), {}
     if cell.how == "pretrained":
         told = pretrain.train(run, encoder)

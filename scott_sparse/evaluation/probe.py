@@ -83,7 +83,7 @@ class Frozen(NamedTuple):
 def ask(question_type: type, about: Callable):
     """Read the flags, and let `about(question)` answer; mistakes end in one line."""
     with exit_on_user_error():
-        question = parse_flags(lambda: tyro.cli(question_type, config=(tyro.conf.OmitArgPrefixes,)))
+        question = parse_flags(question_type)
         about(question)
 
 

@@ -7,7 +7,7 @@ from einops import rearrange
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from scott_sparse.data.dataset import Data
+from scott_sparse.data.dataset import Data, Images
 from scott_sparse.data.views import IMAGENET_MEAN, IMAGENET_STD
 from scott_sparse.evaluation.encoders import FrozenEncoder, Pixels
 from scott_sparse.evaluation.features import eval_images, extract
@@ -18,33 +18,41 @@ from scott_sparse.randomness import generator_at
 from scott_sparse.shapes import Float, Tensor
 
 
-def knn_report(data: Data, initial: Encoder, pretrained: Encoder, *, size: tuple[int, int]) -> dict[str, float | None]:
-    """k-NN accuracy in per cent on the test images, of raw pixels and of both encoders; None without labels.
+def knn_queries(data: Data) -> Images | None:
+    """The val images, with which a pretraining run may be judged; None without labels, and if they are test images.
 
-    Every process takes its share of the images; the answer is the main process's.
+    Whoever compares runs by them does not tune on test. The paper protocol may have no val of its own.
+    """
+    if data.classes is None or data.val is None:
+        return None
+    is_test = data.test is not None and torch.isin(data.val.rows, data.test.rows).any()
+    return None if is_test else data.val
+
+
+def knn_on_val(data: Data, initial: Encoder, pretrained: Encoder, *, size: tuple[int, int]) -> dict[str, float] | None:
+    """k-NN accuracy in per cent on val, of raw pixels and of both encoders; None without `knn_queries`.
+
+    Every process takes its share of the images; the main process has the scores, the others have an empty dict.
     """
     models = {
         "pixels": Pixels(initial.config.patch_size),
         "init": FrozenEncoder(initial),
         "pretrained": FrozenEncoder(pretrained),
     }
-    if data.classes is None:
-        return dict.fromkeys(models)
-    scores = {}
+    queries, scores = knn_queries(data), {}
+    if queries is None:
+        return None
     for name, model in models.items():
-        bank, held = (extract(model, part, size=size) for part in (data.train, data.test))
-        if bank is not None:
-            scores[name] = round(knn_accuracy(bank.mean, data.train.labels, held.mean, data.test.labels), 2)
+        bank, held = (extract(model, part, size=size) for part in (data.train, queries))
+        if bank is not None and held is not None:
+            scores[name] = round(knn_accuracy(bank.mean, data.train.labels, held.mean, queries.labels), 2)
     return scores
 
 
-def knn_table(data: Data, knn: dict[str, float | None], terms: tuple[str, ...]) -> Table | None:
-    if knn["pixels"] is None:
-        return None
-    chance = 100 / len(data.classes)
-    table = Table(
-        title=f"k-NN on {len(data.test):,} test images, {len(data.classes)} classes (chance {chance:.1f} %)"
-    )
+def knn_table(data: Data, knn: dict[str, float], terms: tuple[str, ...]) -> Table:
+    """The scores of `knn_on_val` as a table."""
+    classes, images = len(data.classes or ()), len(data.val or ())
+    table = Table(title=f"k-NN on {images:,} val images, {classes} classes (chance {100 / classes:.1f} %)")
     table.add_column("features")
     table.add_column("accuracy", justify="right")
     table.add_row("raw pixels", f"{knn['pixels']:.1f} %")
@@ -56,11 +64,15 @@ def knn_table(data: Data, knn: dict[str, float | None], terms: tuple[str, ...]) 
 @torch.inference_mode()
 def draw_tokens(path: Path, data: Data, initial: Encoder, pretrained: Encoder, *, recipe, device, columns: int = 10):
     """Write a PNG with one column per image; rows: image, visible patches, PCA of the tokens before and after."""
-    shown = data.test or data.pretrain
+    shown = data.val or data.pretrain
     indices = torch.linspace(0, len(shown) - 1, min(columns, len(shown))).long()
     images = eval_images(shown, indices, size=recipe.sides)
     visible = draw_visible(
-        len(images), recipe.grid, hide_ratio=recipe.hide_ratio, shape=recipe.mask, generator=generator_at(0, "figure")
+        len(images),
+        recipe.grid,
+        hide_ratio=recipe.hide_ratio,
+        shape=recipe.mask_shape,
+        generator=generator_at(0, "figure"),
     )
     h, w = recipe.grid
     pixels = images * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]

@@ -186,6 +186,11 @@ def target_features(target: Encoder, images: Float[Tensor, "B 3 H W"], *, blocks
 
 
 @torch.no_grad()
-def update_target(target: Encoder, encoder: Encoder, momentum: float) -> None:
-    """target = momentum * target + (1 - momentum) * encoder, parameters only, after every optimizer step."""
-    torch._foreach_lerp_(list(target.parameters()), [full_tensor(p) for p in encoder.parameters()], 1 - momentum)
+def update_target(target: Encoder, encoder: Encoder, momentum: float, *, skip: Float[Tensor, ""] | None = None) -> None:
+    """target = momentum * target + (1 - momentum) * encoder, parameters only, after every optimizer step.
+
+    Where `skip` is 1 instead of 0 the target stays as it is; the device is not waited for.
+    """
+    own, new = list(target.parameters()), [full_tensor(p) for p in encoder.parameters()]
+    weight = 1 - momentum if skip is None else [(1 - momentum) * (1 - skip)] * len(own)
+    torch._foreach_lerp_(own, new, weight)

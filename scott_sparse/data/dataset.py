@@ -14,12 +14,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 
-from scott_sparse.cli import UserErrors
+from scott_sparse.cli import ADVANCED, UserErrors
 from scott_sparse.data.builtin import PUBLISHED, published_source
 from scott_sparse.data.cache import decode_once
 from scott_sparse.data.petals import CACHE, CLASSES, petals
@@ -38,13 +38,13 @@ class DataConfig:
     """'petals' (drawn, embedded), a folder of images, a published set by name, or hf:OWNER/NAME."""
     protocol: Literal["clean", "paper"] = "clean"
     """clean: pretraining never sees a test image. paper: it sees all, as the paper's own runs did."""
-    data_root: Path = Path("data")
+    data_root: Annotated[Path, ADVANCED] = Path("data")
     """Where published sets lie, or are downloaded to."""
     cache: Literal["disk", "none"] = "disk"
     """disk: decode once, into a file. none: decode in every epoch, for sets larger than the disk."""
-    cache_dir: Path = CACHE
+    cache_dir: Annotated[Path, ADVANCED] = CACHE
     """Folder of the decoded images."""
-    ram_gib: float = 8.0
+    ram_gib: Annotated[float, ADVANCED] = 8.0
     """Decoded images of up to this size are read into memory at once, larger ones when they are used."""
     skip_unreadable: bool = False
     """Leave out the images that cannot be read; otherwise they are listed, and nothing is started."""
@@ -110,6 +110,10 @@ class Images:
             for view, (top, left, height, width) in zip(views, of_image):
                 view[:height, :width] = image[top : top + height, left : left + width]
         return padded
+
+
+def save_digests(folder: Path, images: Images) -> None:
+    """Stand-in until the data room's is merged: writes pretrain_images.safetensors."""
 
 
 @dataclass(frozen=True)

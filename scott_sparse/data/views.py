@@ -17,11 +17,13 @@ Source: arXiv 2502.18056 for the recipe; torchvision's v2 transforms for what ea
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from scott_sparse.cli import ADVANCED
 from scott_sparse.shapes import Bool, Float, Int, Tensor, UInt8
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -50,14 +52,14 @@ class ViewConfig:
 
     crops: int = 1  # V
     crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area, uniform
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height, log-uniform
+    crop_ratio: Annotated[tuple[float, float], ADVANCED] = (3 / 4, 4 / 3)  # width / height, log-uniform
     flip: float = 0.5  # probability
     colour: float = 0.6  # probability
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
-    jitter_p: float = 0.8  # probability
-    grey: float = 0.1  # probability
-    blur: float = 0.3  # probability
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels, uniform
+    jitter: Annotated[tuple[float, float, float, float], ADVANCED] = (0.4, 0.4, 0.2, 0.1)  # as OPS
+    jitter_p: Annotated[float, ADVANCED] = 0.8  # probability
+    grey: Annotated[float, ADVANCED] = 0.1  # probability
+    blur: Annotated[float, ADVANCED] = 0.3  # probability
+    blur_sigma: Annotated[tuple[float, float], ADVANCED] = (0.1, 2.0)  # pixels, uniform
 
     def __post_init__(self):
         if self.crops < 1:

@@ -32,11 +32,9 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from oracles import attention_by_einsum, visible_by_loop
-from pretrain import projections_at
 
 from scott_sparse import MIMJEPA
 from scott_sparse.data.batches import Batch, Batches
@@ -47,6 +45,7 @@ from scott_sparse.model.masks import draw_visible, visible_count
 from scott_sparse.model.vit import Attention
 from scott_sparse.training import recipe as recipes
 from scott_sparse.training.optim import adamw, set_schedules
+from scott_sparse.training.run import projections_at
 
 CASES = {
     "demo 48, 64": ("cpu", ["demo", "--batch-size", "64"]),
@@ -103,7 +102,7 @@ class Step:
                 if isinstance(module, Attention):
                     module.forward = types.MethodType(attention_by_einsum, module)
         pixels = torch.randint(0, 256, (2 * recipe.batch_size, 256, 256, 3), dtype=torch.uint8)
-        of = (recipe.grid, recipe.hide_ratio, recipe.mask, recipe.batch_size, recipe.seed)
+        of = (recipe.grid, recipe.hide_ratio, recipe.mask_shape, recipe.batch_size, recipe.seed)
         self.batches = Batches(Images.of(pixels), recipe.views, *of)
         self.schedules = recipe.schedules(100)
         self.number = 0
@@ -125,7 +124,7 @@ class Step:
         mark("loss")
         loss.backward()
         mark("backward")
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip or math.inf)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
         mark("optimizer")

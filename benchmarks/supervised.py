@@ -60,7 +60,9 @@ def train(recipe: Recipe, data: Data) -> tuple[Encoder, dict]:
     model = Classifier(Encoder(recipe.encoder), len(data.classes)).train()
     optimizer = adamw(model)
     views = dataclasses.replace(recipe.views, crops=1)
-    batches = Batches(data.train, views, recipe.grid, recipe.hide_ratio, recipe.mask, recipe.batch_size, recipe.seed)
+    batches = Batches(
+        data.train, views, recipe.grid, recipe.hide_ratio, recipe.mask_shape, recipe.batch_size, recipe.seed
+    )
     # As many images as pretraining sees, though fewer of them have labels.
     schedules = recipe.schedules(len(data.pretrain) // recipe.batch_size)
     steps = schedules.total_steps
@@ -72,7 +74,7 @@ def train(recipe: Recipe, data: Data) -> tuple[Encoder, dict]:
         loss = F.cross_entropy(model(context[:, 0]), data.train.labels[rows])
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or float("inf"))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or float("inf"))
         optimizer.step()
     seconds = time.perf_counter() - started
     model.eval()

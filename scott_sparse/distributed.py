@@ -5,13 +5,15 @@ function stays here. Where there is one process, or nothing is sharded, everythi
 """
 
 import os
+import platform
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed
 from torch import nn
 
+from scott_sparse.cli import UserErrors
 from scott_sparse.shapes import Float, Tensor
 
 if TYPE_CHECKING:
@@ -53,6 +55,26 @@ def main_then_broadcast(act: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise ValueError(outcome[1])
     return outcome[0]
+
+
+def on_all_processes(act: Callable[[], T]) -> T:
+    """What `act` returns on this process. A ValueError or OSError of any process ends in an error on all of them.
+
+    So the main process can print a mistake that only another node has, and no process waits for one that has ended.
+    """
+    try:
+        result, mistake = act(), None
+    except (ValueError, OSError) as error:
+        result, mistake = None, error
+    messages: list[str | None] = [None] * world_size()
+    if world_size() > 1:
+        message = mistake and f"process {rank()} on {platform.node()}: {mistake}"
+        torch.distributed.all_gather_object(messages, message)
+    if mistake is not None:
+        raise mistake
+    if any(messages):
+        raise UserErrors(next(message for message in messages if message))
+    return cast(T, result)
 
 
 def all_gather_with_grad(values: Float[Tensor, "*n"]) -> Float[Tensor, "P ..."]:

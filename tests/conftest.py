@@ -1,6 +1,9 @@
+import contextlib
+import io
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 os.environ["XDG_CACHE_HOME"] = str(ROOT / ".cache")  # read on import; drawn petals stay there, photos of tests do not
@@ -16,6 +19,9 @@ for folder in ("train", "eval", "benchmarks"):  # scripts import their neighbour
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 TINY = EncoderConfig(dim=32, depth=2, heads=4, patch_size=16, stem_width=8, registers=2)
+# A run of a second, by the recipe small-data unless told otherwise. Flags that a test gives after these win.
+TINY_RUN = ["--size", "demo", "--stem-width", 8, "--image-size", 32, "--batch-size", 8, "--crops", 2, "--colour", 0.6]
+TINY_RUN += ["--epochs", 2, "--report-every", 0]
 torch.backends.cudnn.allow_tf32 = False  # parity is asked for to more digits than TF32 has
 
 
@@ -41,6 +47,25 @@ def write_photo(path: Path, height: int, width: int, *, seed: int = 0, channel: 
     Image.fromarray(pixels.numpy()).save(path)
 
 
+def run_pretraining(*arguments: object) -> tuple[str | int | None, str]:
+    """Run train/pretrain.py in this process: how it ended (None, a message or an exit code), and what it printed.
+
+    What is printed is in one line. Images of --data are decoded into a folder beside them.
+    """
+    import pretrain
+
+    flags = list(map(str, arguments))
+    if "--data" in flags:
+        flags += ["--cache-dir", str(Path(flags[flags.index("--data") + 1]).parent / "cache")]
+    printed, code = io.StringIO(), None
+    with mock.patch.object(sys, "argv", ["pretrain.py", *flags]), contextlib.redirect_stdout(printed):
+        try:
+            pretrain.main()
+        except SystemExit as end:
+            code = end.code
+    return code, " ".join(printed.getvalue().split())
+
+
 @pytest.fixture
 def photos(tmp_path):
     """A function that writes images: photos({"train/a": 3, "test/a": 2}) -> folder. Each class has its own colour."""
@@ -61,7 +86,7 @@ def photos(tmp_path):
 
 @pytest.fixture
 def clean_environment():
-    """The environment of a user's shell: no launcher's variables from a surrounding run."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    """The environment of a user's shell: no variables of a launcher, or of a run in this process."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "THP_MEM_ALLOC_ENABLE")
     kept = {k: v for k, v in os.environ.items() if k not in names and not k.startswith("ACCELERATE_")}
     return {**kept, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -29,15 +29,15 @@ sys.path[:0] = [str(ROOT / "train"), str(ROOT / "tests")]
 import pretrain  # noqa: E402 - a neighbour of the scripts in train/
 import psutil  # noqa: E402
 import torch  # noqa: E402
-from conftest import write_photo  # noqa: E402
+from conftest import TINY_RUN, write_photo  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from scott_sparse.training import checkpoint  # noqa: E402
-from scott_sparse.training.resume import RESUME_ME  # noqa: E402
+from scott_sparse.training import checkpoint, saver  # noqa: E402
+from scott_sparse.training.saver import EXIT_RESUME  # noqa: E402
 
-TINY = ["small-data", "--crops", "2", "--size", "demo", "--stem-width", "8", "--image-size", "32", "--batch-size", "8"]
-TINY += ["--log-every", "3", "--epochs", "12", "--report-every", "3", "--save-every", "4", "--dropout", "0.1"]
+FLAGS = [*map(str, TINY_RUN), "--epochs", "12", "--report-every", "3", "--save-every", "4", "--dropout", "0.1"]
+FLAGS += ["--log-every", "3"]
 STEPS = 48
 fork = multiprocessing.get_context("fork")
 
@@ -49,7 +49,7 @@ class Row:
     exact: int = 0
     lost: int = 0
     seconds: int = 0
-    said: str = ""
+    note: str = ""
 
 
 class Scene:
@@ -64,11 +64,11 @@ class Scene:
                         self.photos / split / name / f"{i}.png", 50, 60, seed=1000 * channel + i, channel=channel
                     )
         assert self.end(self.start("whole")) == 0
-        self.whole = learnt(folder / "whole")
+        self.whole = results(folder / "whole")
 
     def start(self, name: str, *more: str, say: str | None = None, before=None) -> fork.Process:
         """A run in a process of its own; `before` is called in it first; what it prints goes to NAME.txt."""
-        arguments = [*TINY, "--data", self.photos, "--cache-dir", self.folder / "cache", "--out", self.folder / name]
+        arguments = [*FLAGS, "--data", self.photos, "--cache-dir", self.folder / "cache", "--out", self.folder / name]
 
         def main():
             os.setpgid(0, 0)
@@ -93,29 +93,30 @@ class Scene:
             return None
         return process.exitcode
 
-    def said(self, name: str) -> str:
+    def output(self, name: str) -> str:
         return " ".join((self.folder / f"{name}.txt").read_text().split())
 
     def compare(self, name: str, row: Row) -> None:
         """Let a run go on to its end, and count what became of it."""
         ended = self.end(self.start(name)) == 0
-        found = learnt(self.folder / name) if ended else ([], {})
+        learned = results(self.folder / name) if ended else ([], {})
         row.injected += 1
-        row.exact += ended and found[0] == self.whole[0] and same(found[1], self.whole[1])
-        row.lost += abs(len(found[0]) - STEPS)
+        row.exact += ended and same(learned, self.whole)
+        row.lost += abs(len(learned[0]) - STEPS)
         shutil.rmtree(self.folder / name)
 
 
-def learnt(out: Path) -> tuple[list, dict]:
+def results(out: Path) -> tuple[list, dict]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         del line["images_per_second"]
-    files = [*out.glob("*.safetensors"), *checkpoint.checkpoints(out / "checkpoints")[0].glob("*.safetensors")]
+    newest = checkpoint.checkpoints(out / "checkpoints")[0]
+    files = [out / "encoder.safetensors", out / "context.safetensors", *newest.glob("*.safetensors")]
     return lines, {path.name: path.read_bytes() for path in files}
 
 
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and len(a) == 5 and all(a[name] == b[name] for name in a)
+def same(a: tuple[list, dict], b: tuple[list, dict]) -> bool:
+    return a == b and len(a[1]) == 5
 
 
 def kill_at_random_moments(scene: Scene, row: Row, number: int = signal.SIGKILL, times: int = 30) -> None:
@@ -136,7 +137,7 @@ def kill_at_random_moments(scene: Scene, row: Row, number: int = signal.SIGKILL,
             (scene.folder / f"run{i}" / "summary.json").unlink()
         scene.compare(f"run{i}", row)
     # Before and after the loop a signal ends a run at once, as -15; in it the run saves, 75.
-    row.said = "exit codes " + ", ".join(f"{code} {count}x" for code, count in codes.most_common())
+    row.note = "exit codes " + ", ".join(f"{code} {count}x" for code, count in codes.most_common())
 
 
 def kill_in_every_part_of_a_save(scene: Scene, row: Row) -> None:
@@ -146,7 +147,7 @@ def kill_in_every_part_of_a_save(scene: Scene, row: Row) -> None:
         nth = names[:i].count(name)
 
         def before(name=name, nth=nth):
-            module = pretrain.Saver.after.__globals__ if name == "prune" else vars(checkpoint)
+            module = vars(saver if name == "prune" else checkpoint)
             real, calls = module[name], []
 
             def deadly(*arguments, **options):
@@ -190,15 +191,15 @@ def stop_at(scene: Scene, name: str, step: int) -> None:
     def before():
         real, calls = pretrain.update_target, []
 
-        def update(*arguments):
-            real(*arguments)
+        def update(*arguments, **options):
+            real(*arguments, **options)
             calls.append(1)
             if len(calls) == step:
                 signal.raise_signal(signal.SIGTERM)
 
         pretrain.update_target = update
 
-    assert scene.end(scene.start(name, before=before)) == RESUME_ME, scene.said(name)
+    assert scene.end(scene.start(name, before=before)) == EXIT_RESUME, scene.output(name)
 
 
 def full_disk(scene: Scene, row: Row) -> None:
@@ -208,7 +209,7 @@ def full_disk(scene: Scene, row: Row) -> None:
     size = 40 * 2**20
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True, text=True)
     if done.returncode:
-        row.said = "no tmpfs may be mounted here: not tested"
+        row.note = "no tmpfs may be mounted here: not tested"
         return
     try:
         for i, until in enumerate((20, 30, STEPS + 1)):
@@ -218,8 +219,8 @@ def full_disk(scene: Scene, row: Row) -> None:
             def before(until=until, filler=filler):
                 real, calls = pretrain.update_target, []
 
-                def update(*arguments):
-                    real(*arguments)
+                def update(*arguments, **options):
+                    real(*arguments, **options)
                     calls.append(1)
                     if len(calls) == 9:
                         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
@@ -232,11 +233,11 @@ def full_disk(scene: Scene, row: Row) -> None:
 
             code = scene.end(scene.start(name, say=f"full{i}", before=before))
             filler.unlink(missing_ok=True)
-            words = scene.said(f"full{i}")
-            told = "no checkpoint could be written" in words and "trying again later" in words
-            right = code == 0 if until < STEPS else code not in (0, None) and "make room" in words
-            if not (told and right):
-                row.said = f"exit code {code}: {words[-200:]}"
+            words = scene.output(f"full{i}")
+            warned = "no checkpoint could be written" in words and "trying again later" in words
+            ended = code == 0 if until < STEPS else code not in (0, None) and "make room" in words
+            if not (warned and ended):
+                row.note = f"exit code {code}: {words[-200:]}"
             if code == 0:
                 (scene.folder / name / "summary.json").unlink()
             scene.compare(name, row)
@@ -254,10 +255,10 @@ def killed_worker(scene: Scene, row: Row) -> None:
         workers[0].kill()
         started = time.monotonic()
         code = scene.end(process)
-        words = scene.said(f"worker{i}")
+        words = scene.output(f"worker{i}")
         if code in (0, None) or "killed" not in words:
-            row.said = f"exit code {code}: {words[-200:]}"
-        row.said = row.said or f"the run ended {time.monotonic() - started:.0f} s later, and said so"
+            row.note = f"exit code {code}: {words[-200:]}"
+        row.note = row.note or f"the run ended {time.monotonic() - started:.0f} s later, and said so"
         scene.compare(f"worker{i}", row)
 
 
@@ -277,15 +278,15 @@ def killed_process(scene: Scene, row: Row) -> None:
         os.kill(pair[victim].pid, signal.SIGKILL)
         started = time.monotonic()
         code = scene.end(pair[1 - victim], within=60)
-        seconds, words = time.monotonic() - started, scene.said(f"{name}-{1 - victim}")
+        seconds, words = time.monotonic() - started, scene.output(f"{name}-{1 - victim}")
         pair[victim].join()
         if code in (0, None) or "onnection" not in words:
-            row.said = f"exit code {code}: {words[-300:]}"
-        row.said = row.said or f"the other ended within {seconds:.0f} s, and said why"
+            row.note = f"exit code {code}: {words[-300:]}"
+        row.note = row.note or f"the other ended within {seconds:.0f} s, and said why"
         # What two processes began one goes on with: to rounding, so that only its steps are counted here.
         ended = scene.end(scene.start(name)) == 0
-        row.injected, row.lost = row.injected + 1, row.lost + abs(len(learnt(scene.folder / name)[0]) - STEPS)
-        row.said += "" if ended else "; one alone did not go on"
+        row.injected, row.lost = row.injected + 1, row.lost + abs(len(results(scene.folder / name)[0]) - STEPS)
+        row.note += "" if ended else "; one alone did not go on"
 
 
 def files_that_change(scene: Scene, row: Row) -> None:
@@ -298,24 +299,24 @@ def files_that_change(scene: Scene, row: Row) -> None:
         time.sleep(0.01)
     photo.unlink()
     if scene.end(process) != 0:
-        row.said = scene.said(name)[-200:]
-    found = learnt(scene.folder / name)
-    row.injected, row.exact = 1, int(found[0] == scene.whole[0] and same(found[1], scene.whole[1]))
+        row.note = scene.output(name)[-200:]
+    learned = results(scene.folder / name)
+    row.injected, row.exact = 1, int(same(learned, scene.whole))
     photo.write_bytes(data)
     streamed = scene.start("streamed", "--cache", "none")
     metrics = scene.folder / "streamed" / "metrics.jsonl"
     while not metrics.exists():
         time.sleep(0.01)
     photo.write_bytes(b"no picture")
-    code, words = scene.end(streamed), scene.said("streamed")
+    code, words = scene.end(streamed), scene.output("streamed")
     photo.write_bytes(data)
     row.injected += 1
     if code in (0, None) or "train/a/3.png could be read when the run began" not in words:
-        row.said = f"exit code {code}: {words[-200:]}"
+        row.note = f"exit code {code}: {words[-200:]}"
     scene.end(scene.start("streamed", "--cache", "none"))
-    found = learnt(scene.folder / "streamed")
-    row.exact += found[0] == scene.whole[0] and same(found[1], scene.whole[1])
-    row.lost += abs(len(found[0]) - STEPS)
+    learned = results(scene.folder / "streamed")
+    row.exact += same(learned, scene.whole)
+    row.lost += abs(len(learned[0]) - STEPS)
 
 
 def two_runs_in_one_folder(scene: Scene, row: Row) -> None:
@@ -327,12 +328,12 @@ def two_runs_in_one_folder(scene: Scene, row: Row) -> None:
     second = scene.start("both", say="second")
     code = scene.end(second)
     os.kill(first.pid, signal.SIGCONT)
-    if code in (0, None) or "another run is writing to" not in scene.said("second"):
-        row.said = f"exit code {code}: {scene.said('second')[-200:]}"
-    row.said = row.said or "the second was refused"
+    if code in (0, None) or "another run is writing to" not in scene.output("second"):
+        row.note = f"exit code {code}: {scene.output('second')[-200:]}"
+    row.note = row.note or "the second was refused"
     scene.end(first)
-    found = learnt(scene.folder / "both")
-    row.exact, row.lost = int(found[0] == scene.whole[0] and same(found[1], scene.whole[1])), len(found[0]) - STEPS
+    learned = results(scene.folder / "both")
+    row.exact, row.lost = int(same(learned, scene.whole)), len(learned[0]) - STEPS
 
 
 def soak(scene: Scene, row: Row, steps: int = 2000) -> None:
@@ -360,9 +361,9 @@ def soak(scene: Scene, row: Row, steps: int = 2000) -> None:
     row.lost = abs(len(lines) - steps) + (lines != list(range(steps)))
     training = [reading for reading in readings if 600 < reading[0] < steps - 10]  # not what follows it
     (_, memory, files, threads), end = training[0], training[-1]
-    row.said = f"memory {memory} to {end[1]} MiB, files {files} to {end[2]}, threads {threads} to {end[3]}"
+    row.note = f"memory {memory} to {end[1]} MiB, files {files} to {end[2]}, threads {threads} to {end[3]}"
     if end[1] > memory + 16 or end[2] > files + 2 or end[3] > threads:
-        row.said += ": NOT FLAT"
+        row.note += ": NOT FLAT"
 
 
 FAULTS = {
@@ -411,8 +412,8 @@ def main() -> None:
             row = Row(**json.loads(line))
             rows[row.fault] = row
     for name in FAULTS:
-        row = rows.get(name, Row(name, said="did not come to its end"))
-        table.add_row(name, *map(str, (row.injected, row.exact, row.lost, row.seconds, row.said)))
+        row = rows.get(name, Row(name, note="did not come to its end"))
+        table.add_row(name, *map(str, (row.injected, row.exact, row.lost, row.seconds, row.note)))
     Console(width=140).print(table)
     print(f"{time.monotonic() - started:.0f} s")
     lost = [name for name in FAULTS if name not in rows or rows[name].lost]

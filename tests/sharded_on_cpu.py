@@ -24,12 +24,12 @@ def initialise_sharded(self, *arguments, fsdp_plugin=None, **others):
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
 
 
-def update_from_sharded(target, encoder, momentum):
+def update_from_sharded(target, encoder, momentum, **options):
     parameters = list(encoder.parameters())
     assert all(isinstance(p, DTensor) for p in parameters)
     share = sum(p.to_local().numel() for p in parameters) / sum(p.numel() for p in parameters)
     assert 0.4 < share < 0.6, f"two processes, and this one holds {share:.0%} of the encoder"
-    update_target(target, encoder, momentum)
+    update_target(target, encoder, momentum, **options)
 
 
 AcceleratorState.__init__, pretrain.update_target = initialise_sharded, update_from_sharded

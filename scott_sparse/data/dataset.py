@@ -4,11 +4,11 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
-from scott_sparse.cli import UserErrors
+from scott_sparse.cli import ADVANCED, UserErrors
 from scott_sparse.data.builtin import PUBLISHED, published_source
 from scott_sparse.data.cache import CACHE_DIR, decode_once
 from scott_sparse.data.images import Images
@@ -27,14 +27,14 @@ class DataConfig:
     protocol: Literal["clean", "paper"] = "clean"
     """clean: pretraining never sees a test image.
     paper: pretraining sees all images, test included, as in the paper's own runs."""
-    data_root: Path = Path("data")
+    data_root: Annotated[Path, ADVANCED] = Path("data")
     """Folder in which published data sets lie, or to which they are downloaded."""
     cache: Literal["disk", "none"] = "disk"
     """disk: decode each image once, into a file in --cache-dir (3 bytes a pixel).
     none: decode images again in every epoch, for data sets larger than the disk."""
-    cache_dir: Path = CACHE_DIR
+    cache_dir: Annotated[Path, ADVANCED] = CACHE_DIR
     """Folder in which decoded images (and the features of evaluations) are kept between runs."""
-    ram_gib: float = 8.0
+    ram_gib: Annotated[float, ADVANCED] = 8.0
     """Decoded images of at most this total size, in GiB, are read into memory when a run starts, larger ones later."""
     skip_unreadable: bool = False
     """Leave out images that cannot be read. Otherwise they are listed, and the run does not start."""

@@ -15,11 +15,13 @@ Source: arXiv 2502.18056 for the recipe; torchvision's v2 transforms for the mea
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from scott_sparse.cli import ADVANCED
 from scott_sparse.shapes import Bool, Float, Int, Tensor, UInt8
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -45,23 +47,23 @@ class ViewConfig:
     """Crops of each image, 1 or more. MIM-JEPA predicts the first; cross-crop terms compare all of them."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest area of a crop as a share of its image, in (0, 1]; drawn uniformly."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_ratio: Annotated[tuple[float, float], ADVANCED] = (3 / 4, 4 / 3)
     """Smallest and largest width / height of a crop before it is resized; drawn log-uniformly."""
     flip: float = 0.5
     """Probability, 0 to 1, that a crop is mirrored left to right."""
     colour: float = 0.6
     """Probability, 0 to 1, that the colours of a view are changed at all.
     If so, jitter, greyscale and blur are each applied with their own probability, in random order."""
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    jitter: Annotated[tuple[float, float, float, float], ADVANCED] = (0.4, 0.4, 0.2, 0.1)
     """Strength s of the jitter of brightness, contrast, saturation (0 to 1) and hue (0 to 0.5), as in ColorJitter:
     factors are drawn from 1 - s to 1 + s, rotations of hue from -s to s of the circle."""
-    jitter_p: float = 0.8
+    jitter_p: Annotated[float, ADVANCED] = 0.8
     """Probability, 0 to 1, of jitter, given that the colours of a view are changed."""
-    grey: float = 0.1
+    grey: Annotated[float, ADVANCED] = 0.1
     """Probability, 0 to 1, of greyscale, given that the colours of a view are changed."""
-    blur: float = 0.3
+    blur: Annotated[float, ADVANCED] = 0.3
     """Probability, 0 to 1, of a Gaussian blur (9 x 9 kernel), given that the colours of a view are changed."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: Annotated[tuple[float, float], ADVANCED] = (0.1, 2.0)
     """Smallest and largest standard deviation of the blur, in pixels of the view; drawn uniformly."""
 
     def __post_init__(self):

@@ -71,7 +71,7 @@ class EncoderUnderTest:
 def run_script(config_type: type[Config], main: Callable[[Config], None]) -> None:
     """Parse the command line into `config_type` and call `main` with it; a user's mistake ends in one line."""
     with exit_on_user_error():
-        main(parse_flags(lambda: tyro.cli(config_type, config=(tyro.conf.OmitArgPrefixes,))))
+        main(parse_flags(config_type))
 
 
 def open_encoder(config: ProbeConfig) -> EncoderUnderTest:

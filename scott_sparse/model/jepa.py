@@ -11,12 +11,13 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from einops import rearrange
 from torch import nn
 
+from scott_sparse.cli import ADVANCED
 from scott_sparse.distributed import full_tensor
 from scott_sparse.model.losses import Projector, invariance, masked_smooth_l1, nt_xent, sigreg
 from scott_sparse.model.vit import Encoder, EncoderConfig, Predictor, layer_norm
@@ -42,7 +43,7 @@ class ObjectiveConfig:
 
     mim_weight: float = 1.0
     """Weight of MIM-JEPA's loss; 0 leaves out target encoder pass and predictor."""
-    predictor_depth: int = 3
+    predictor_depth: Annotated[int, ADVANCED] = 3
     """Blocks of the predictor."""
     context: str = "all"
     """What the context encoder processes: "all" patches, with mask tokens where hidden, as published, or "visible"."""
@@ -50,13 +51,13 @@ class ObjectiveConfig:
     """Weight of the cross-crop term, which compares the crops of an image; 0 is the published objective."""
     cross_crop_loss: str = "ntxent"
     """The cross-crop term: "ntxent" (SimCLR's NT-Xent), or "sigreg" (LeJEPA's crop invariance and SIGReg)."""
-    temperature: float = 0.2
+    temperature: Annotated[float, ADVANCED] = 0.2
     """Temperature of NT-Xent."""
-    sigreg_weight: float = 0.05
+    sigreg_weight: Annotated[float, ADVANCED] = 0.05
     """Share of SIGReg in the cross-crop term, in [0, 1]; the rest is crop invariance."""
-    projector: tuple[int, int] = (512, 64)
+    projector: Annotated[tuple[int, int], ADVANCED] = (512, 64)
     """Hidden and output width of the projector of the cross-crop term."""
-    sigreg_projections: int = 256
+    sigreg_projections: Annotated[int, ADVANCED] = 256
     """Random projections of SIGReg, drawn anew at each step."""
 
     def __post_init__(self):
@@ -232,8 +233,12 @@ def target_features(target: Encoder, images: Float[Tensor, "B 3 H W"]) -> Float[
 
 
 @torch.no_grad()
-def update_target(target: Encoder, encoder: Encoder, momentum: float) -> None:
-    """target = momentum * target + (1 - momentum) * encoder for all parameters, after every optimizer step."""
+def update_target(target: Encoder, encoder: Encoder, momentum: float, *, skip: Float[Tensor, ""] | None = None) -> None:
+    """target = momentum * target + (1 - momentum) * encoder for all parameters, after every optimizer step.
+
+    Where `skip` is 1 instead of 0 the target stays as it is; the device is not waited for.
+    """
     own: list[Tensor] = list(target.parameters())
     new = [full_tensor(p) for p in encoder.parameters()]
-    torch._foreach_lerp_(own, new, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+    weight = 1 - momentum if skip is None else [(1 - momentum) * (1 - skip)] * len(own)
+    torch._foreach_lerp_(own, new, weight)  # pyright: ignore[reportPrivateImportUsage]

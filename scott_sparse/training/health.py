@@ -1,7 +1,7 @@
-"""Is it learning, or collapsing? What can be told from features without labels, and one verdict.
+"""Is a run learning, or collapsing? Measures of features that need no labels, and one verdict.
 
-A collapsed encoder says nearly the same of every image: its features span few directions. RankMe and LiDAR count them,
-softly; the deviation of the features goes to 0, the similarity of an image's tokens to 1.
+A collapsed encoder says nearly the same of every image: its features span few dimensions. RankMe and LiDAR are soft
+counts of them; the standard deviation of the features goes to 0, the similarity of an image's tokens to 1.
 """
 
 import math
@@ -15,8 +15,8 @@ from torch import nn
 from scott_sparse.distributed import full_tensor
 from scott_sparse.shapes import Float, Tensor
 
-PATIENCE = 3  # reports without an improvement
-COLLAPSED = 1 / 4  # of the highest rank so far
+PATIENCE_REPORTS = 3  # without an improvement, until a run is called stalled
+COLLAPSED_SHARE = 1 / 4  # of the highest RankMe so far
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,16 @@ class Health:
 
     epoch: float
     loss: float | None
-    """Mean over the steps since the last report; None before the first."""
+    """Mean over the steps since the last report; None before the first step."""
     rankme: float
     lidar: float
     std: float
     token_similarity: float
     ema_distance: float
     knn: float | None
-    """Per cent right on a sample of val; None without labels."""
+    """k-NN accuracy on val in per cent; None without labels."""
     knn_error: float | None
-    """Its standard error."""
+    """Its standard error, in per cent."""
 
 
 def rankme(features: Float[Tensor, "n C"]) -> float:
@@ -43,10 +43,10 @@ def rankme(features: Float[Tensor, "n C"]) -> float:
 
 
 def lidar(features: Float[Tensor, "n q C"], *, ridge: float = 1e-4) -> float:
-    """Rank of what differs between n images, measured by how q views of one image differ (arXiv 2312.04000).
+    """Rank of the differences between n images, relative to those between q views of an image (arXiv 2312.04000).
 
     exp of the entropy of the eigenvalues of the linear discriminant of images: 1 to min(n - 1, C). The published one
-    takes 1,000 images and 50 views of each; with fewer the number is lower, and comparable within a run only.
+    takes 1,000 images and 50 views of each; with fewer the number is lower, and comparable for the same n and q only.
     """
     centres = features.double().mean(1)
     between = torch.cov(centres.T)
@@ -63,7 +63,7 @@ def _effective_number(values: Float[Tensor, " r"]) -> float:
 
 
 def feature_std(features: Float[Tensor, "n C"]) -> float:
-    """Mean deviation of unit-length features, times √C: 0 when collapsed, at most 1 (arXiv 2011.10566)."""
+    """Mean standard deviation of unit-length features, times √C: 0 when collapsed, at most 1 (arXiv 2011.10566)."""
     return F.normalize(features, dim=1).std(0).mean().item() * features.shape[1] ** 0.5
 
 
@@ -81,24 +81,25 @@ def ema_distance(target: nn.Module, encoder: nn.Module) -> float:
 
 
 def verdict(reports: Sequence[Health]) -> str:
-    """learning, stalled or collapsing, and why, in one line.
+    """Either "starting", "learning", or "stalled" or "collapsing" with the reason, in one line.
 
-    Collapsing: RankMe is below a quarter of its highest value in this run. Stalled: for three reports nothing has
-    improved: neither k-NN, by its standard error, nor LiDAR or the loss, by one per cent.
+    Collapsing: RankMe is below a quarter of its highest value in this run. Stalled: in the last three reports nothing
+    has improved: neither k-NN by its standard error, nor LiDAR or the loss by one per cent.
     """
     now, highest = reports[-1], max(reports, key=lambda report: report.rankme)
-    if now.rankme < COLLAPSED * highest.rankme:
+    if now.rankme < COLLAPSED_SHARE * highest.rankme:
         return f"collapsing: RankMe fell from {highest.rankme:.0f} to {now.rankme:.0f}"
-    earlier, recent = reports[:-PATIENCE], reports[-PATIENCE:]
+    earlier, recent = reports[:-PATIENCE_REPORTS], reports[-PATIENCE_REPORTS:]
     if not earlier:
         return "learning" if len(reports) > 1 else "starting"
     improved = [max(r.lidar for r in recent) > 1.01 * max(r.lidar for r in earlier)]
-    before, since = ([r.loss for r in part if r.loss is not None] for part in (earlier, recent))
-    improved.append(not before or min(since, default=math.inf) < 0.99 * min(before))
+    losses_before, losses_since = ([r.loss for r in part if r.loss is not None] for part in (earlier, recent))
+    improved.append(not losses_before or min(losses_since, default=math.inf) < 0.99 * min(losses_before))
+    measures = "LiDAR nor the loss"
     if now.knn is not None:
-        best, of_now = (max(part, key=lambda report: report.knn) for part in (earlier, recent))
-        improved.append(of_now.knn > best.knn + best.knn_error)
-    if any(improved):
-        return "learning"
-    names = "LiDAR nor the loss" if now.knn is None else "k-NN, LiDAR nor the loss"
-    return f"stalled: neither {names} has improved since epoch {earlier[-1].epoch:g}"
+        knn_before, knn_since = ([(r.knn or 0.0, r.knn_error or 0.0) for r in part] for part in (earlier, recent))
+        improved.append(max(knn_since)[0] > sum(max(knn_before)))
+        measures = f"k-NN, {measures}"
+    return (
+        "learning" if any(improved) else f"stalled: neither {measures} has improved since epoch {earlier[-1].epoch:g}"
+    )

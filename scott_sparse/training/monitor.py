@@ -1,149 +1,154 @@
-"""The online report: every few epochs, how the target encoder does on images that are not test images.
+"""The online report: every few epochs, how the target encoder does on a fixed sample without test images.
 
-It looks at a fixed sample, a tenth of the images that were trained on since the last report and at most 4,096,
-forward only, so that it takes about 2 % of the time.
+On a set of a few thousand images the whole train split is the bank of k-NN and all of val are its queries; of larger
+sets a sample is taken, which depends on the images alone. So the numbers can be compared within a run, between runs on
+the same images and, where nothing is sampled, with the table at the end of the run.
 """
 
 import dataclasses
 import json
 import math
 import time
-from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from scott_sparse.data.dataset import Data, Images
+from scott_sparse.data.dataset import Images
+from scott_sparse.distributed import all_mean_with_grad
 from scott_sparse.evaluation.encoders import FrozenEncoder
 from scott_sparse.evaluation.features import extract
 from scott_sparse.evaluation.knn import knn_accuracy
+from scott_sparse.evaluation.report import knn_queries
 from scott_sparse.files import write_atomically
 from scott_sparse.model.vit import Encoder
 from scott_sparse.randomness import generator_at
+from scott_sparse.shapes import Float, Tensor
 from scott_sparse.training.health import Health, ema_distance, feature_std, lidar, rankme, token_similarity, verdict
+from scott_sparse.training.resume import REPORTS
+from scott_sparse.training.run import Run, RunFailed
 
-SHARE, MOST, LEAST = 0.1, 4096, 64
-VIEWS = 4  # of each image, for LiDAR
+MAX_BANK_IMAGES, MAX_QUERY_IMAGES = 4096, 1024
+LIDAR_IMAGES, LIDAR_VIEWS = 128, 4
+MIN_EPOCHS = 2  # between reports; on a small set a report costs up to 8 % of an epoch of six crops
 
 
 class OnlineReport:
-    """Call `after(step, losses)` after every optimizer step."""
+    """Call `after_step` after every optimizer step, and once before the first."""
 
-    def __init__(
-        self, recipe, out: Path, accelerator: Accelerator, data: Data, target: Encoder, encoder: Encoder, console
-    ):
-        self.accelerator, self.target, self.encoder, self.console = accelerator, target, encoder, console
-        self.size, self.stop_on_collapse = recipe.sides, recipe.stop_on_collapse
-        self.steps_per_epoch = len(data.pretrain) // recipe.batch_size
-        epochs = recipe.epochs / 10 if recipe.report_every is None else recipe.report_every
-        self.every = max(round(epochs * self.steps_per_epoch), 1) if epochs else 0
-        budget = min(max(int(SHARE * self.every * recipe.batch_size), LEAST), MOST)
-        # Under the paper protocol choices may be made on test: this is not a choice, and stays away from it.
-        labelled = data.classes is not None and data.val is not None
-        self.labelled = labelled and not torch.isin(data.val.rows, data.test.rows).any()
-        self.bank = sample(data.train if self.labelled else data.pretrain, budget // 2)
-        self.queries = sample(data.val, budget // 4) if self.labelled else None
-        self.viewed = sample(data.pretrain, max(budget // (4 * VIEWS), 8))
-        self.path = out / "reports.jsonl"
+    def __init__(self, run: Run, target: Encoder, encoder: Encoder):
+        self.run, self.target, self.encoder = run, target, encoder
+        epochs = run.recipe.report_every
+        epochs = max(run.recipe.epochs / 10, MIN_EPOCHS) if epochs is None else epochs
+        self.every_steps = max(round(epochs * run.steps_per_epoch), 1) if epochs else 0
+        data, queries = run.data, knn_queries(run.data)
+        self.bank_of = data.pretrain if queries is None else data.train
+        self.bank, self.queries_of = sample(self.bank_of, MAX_BANK_IMAGES), queries
+        self.queries = None if queries is None else sample(queries, MAX_QUERY_IMAGES)
+        self.viewed = sample(data.pretrain, LIDAR_IMAGES)
+        self.path = run.out / REPORTS
         self.reports: list[Health] = []
-        self.losses: list[torch.Tensor] = []
-        self.seconds, self.verdict = 0.0, None
+        self.losses: list[Tensor] = []  # since the last report, on the device
+        self.seconds, self.verdict = 0.0, ""
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; all processes take part."""
-        losses = self.accelerator.reduce(torch.stack(self.losses), "mean").tolist() if self.losses else []
+        losses = all_mean_with_grad(torch.stack(self.losses)).tolist() if self.losses else []
         losses = [loss for loss in losses if math.isfinite(loss)]
         return {"reports": [dataclasses.asdict(report) for report in self.reports], "losses": losses}
 
-    def resume(self, state: dict) -> None:
-        """Go on from there: what a lost run reported later is taken out of the file."""
+    def resume(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint; later reports, which were lost, are removed from the file."""
         try:
             self.reports = [Health(**report) for report in state["reports"]]
         except TypeError as error:
-            raise ValueError(f"the checkpoint's reports are not ours: {error}") from None
-        self.losses = list(torch.tensor(state["losses"], device=self.accelerator.device))
-        if self.reports and self.accelerator.is_main_process:
+            raise ValueError(f"the checkpoint's reports are not those of a run: {error}") from None
+        self.losses = list(torch.tensor(state["losses"], device=self.run.accelerator.device))
+        if self.reports and self.run.accelerator.is_main_process:
             self.write()
 
-    def after(self, step: int, loss: torch.Tensor | None) -> None:
-        """`step` counts from 1; 0 is before the first; a loss of nan does not count.
+    def after_step(self, done: int, loss: Float[Tensor, ""] | None) -> None:
+        """Report if it is time to. `done`: optimizer steps so far; a `loss` of nan is left out of the mean.
 
-        Raises Collapse where that is asked for.
+        Raises RunFailed if the features are collapsing and that is to end the run.
         """
-        if not self.every:
+        if not self.every_steps:
             return
         if loss is not None:
             self.losses.append(loss)
-        if step % self.every:
+        if done % self.every_steps:
             return
-        started = time.perf_counter()
-        health = self.examine(step / self.steps_per_epoch)
+        started, epoch = time.perf_counter(), done / self.run.steps_per_epoch
+        health = self.examine(epoch)
         self.losses.clear()
         if health is not None:
             self.reports.append(health)
             self.write()
-            self.console.print(line(health, self.verdict), highlight=False)
-        (said,) = broadcast_object_list([self.verdict])
+            self.run.console.print(self.line(health), highlight=False)
+        (self.verdict,) = broadcast_object_list([self.verdict])
         self.seconds += time.perf_counter() - started
-        if self.stop_on_collapse and said.startswith("collapsing"):
-            raise Collapse(f"{said} at epoch {step / self.steps_per_epoch:g}; stopped (--stop-on-collapse).")
+        if self.run.recipe.stop_on_collapse and self.verdict.startswith("collapsing"):
+            raise RunFailed(f"{self.verdict} at epoch {epoch:g}; stopped (--stop-on-collapse).")
 
     def write(self) -> None:
-        """The verdict, and all reports anew; a full disk does not end the run, the next report tries again."""
-        said = [verdict(self.reports[: i + 1]) for i in range(len(self.reports))]
-        self.verdict = said[-1]
-        lines = [
-            json.dumps({**dataclasses.asdict(report), "verdict": word}) for report, word in zip(self.reports, said)
-        ]
+        """Find the verdict, and write all reports anew; if the disk is full, the next report tries again."""
+        verdicts = [verdict(self.reports[: i + 1]) for i in range(len(self.reports))]
+        self.verdict = verdicts[-1]
+        rows = [{**dataclasses.asdict(report), "verdict": words} for report, words in zip(self.reports, verdicts)]
         try:
-            write_atomically(self.path, "\n".join([*lines, ""]))
+            write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         except OSError as error:
-            self.console.print(f"{self.path} cannot be written ({error.strerror})")
+            self.run.console.print(f"{self.path} cannot be written ({error.strerror})")
 
     def examine(self, epoch: float) -> Health | None:
-        """All processes extract features; the main process has the report."""
-        model = FrozenEncoder(self.target)
-        bank = extract(model, self.bank, size=self.size, tokens=True)
-        queries = extract(model, self.queries, size=self.size) if self.labelled else None
-        viewed = extract(model, self.viewed, size=self.size, copies=VIEWS - 1)
+        """All processes extract features; the main process gets the report."""
+        model, size = FrozenEncoder(self.target), self.run.recipe.sides
+        bank = extract(model, self.bank, size=size)
+        queries = None if self.queries is None else extract(model, self.queries, size=size)
+        viewed = extract(model, self.viewed, size=size, copies=LIDAR_VIEWS - 1, tokens=True)
         loss = None
         if self.losses:
-            loss = self.accelerator.reduce(torch.stack(self.losses).nanmean(), "mean").item()
+            loss = all_mean_with_grad(torch.stack(self.losses).nanmean()).item()
             loss = loss if math.isfinite(loss) else None
         distance = ema_distance(self.target, self.encoder)
-        if bank is None:
+        if bank is None or viewed is None or viewed.tokens is None:
             return None
-        knn = error = None
-        if self.labelled:
-            knn = knn_accuracy(bank.mean, self.bank.labels, queries.mean, self.queries.labels)
-            share = (knn / 100 * len(self.queries) + 1) / (len(self.queries) + 2)  # never 0 or 1
-            error = 100 * (share * (1 - share) / len(self.queries)) ** 0.5
-        views = viewed.mean.unflatten(0, (VIEWS, len(self.viewed))).transpose(0, 1)
+        knn = knn_error = None
+        if self.queries is not None and queries is not None:
+            assert self.bank.labels is not None and self.queries.labels is not None
+            knn, n = knn_accuracy(bank.mean, self.bank.labels, queries.mean, self.queries.labels), len(self.queries)
+            share = (knn / 100 * n + 1) / (n + 2)  # never 0 or 1
+            knn_error = 100 * (share * (1 - share) / n) ** 0.5
+        n = len(self.viewed)
         numbers = {
             "rankme": rankme(bank.mean),
-            "lidar": lidar(views),
+            "lidar": lidar(viewed.mean.unflatten(0, (LIDAR_VIEWS, n)).transpose(0, 1)),
             "std": feature_std(bank.mean),
-            "token_similarity": token_similarity(bank.tokens),
+            "token_similarity": token_similarity(viewed.tokens[:n]),
             "ema_distance": distance,
         }
         numbers = {name: float(f"{number:.4g}") for name, number in numbers.items()}
-        return Health(round(epoch, 3), loss, **numbers, knn=knn, knn_error=error)
+        return Health(epoch=round(epoch, 3), loss=loss, **numbers, knn=knn, knn_error=knn_error)
 
-
-class Collapse(RuntimeError):
-    """Training was stopped as the features collapsed."""
+    def line(self, health: Health) -> str:
+        """A report as it is printed; it says where k-NN looks at a sample of the images."""
+        knn = ""
+        if self.queries is not None and self.queries_of is not None:
+            parts = {"bank": (self.bank, self.bank_of), "queries": (self.queries, self.queries_of)}
+            sampled = [
+                f"{name}: {len(part):,} of {len(every):,} images"
+                for name, (part, every) in parts.items()
+                if len(part) < len(every)
+            ]
+            note = f" ({', '.join(sampled)})" if sampled else ""
+            knn = f"k-NN on val {health.knn:.1f} ± {health.knn_error:.1f} %{note}, "
+        return (
+            f"epoch {health.epoch:g}: {knn}RankMe {health.rankme:.0f}, LiDAR {health.lidar:.0f}, std {health.std:.2f}, "
+            f"token similarity {health.token_similarity:.2f}, EMA distance {health.ema_distance:.3f}: {self.verdict}"
+        )
 
 
 def sample(images: Images, count: int) -> Images:
-    """The same ones in every run."""
+    """At most `count` of the images, the same ones in every run."""
     order = torch.randperm(len(images), generator=generator_at("sample of the online report"))
     return images[order[:count]]
-
-
-def line(health: Health, said: str) -> str:
-    knn = "" if health.knn is None else f"k-NN on val {health.knn:.1f} ± {health.knn_error:.1f} %, "
-    return (
-        f"epoch {health.epoch:g}: {knn}RankMe {health.rankme:.0f}, LiDAR {health.lidar:.0f}, std {health.std:.2f}, "
-        f"token similarity {health.token_similarity:.2f}, EMA distance {health.ema_distance:.3f}: {said}"
-    )

@@ -1,24 +1,21 @@
 """Recipes by name. A recipe is everything that decides a run; every field is a flag of train/pretrain.py."""
 
 import dataclasses
-import difflib
-import functools
 import json
 import math
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-import tyro
-
-from scott_sparse.cli import parse_flags
+from scott_sparse.cli import ADVANCED, parse_flags
 from scott_sparse.data.dataset import DataConfig
 from scott_sparse.data.views import ViewConfig
+from scott_sparse.model.engines import check_engine
 from scott_sparse.model.jepa import ObjectiveConfig
 from scott_sparse.model.masks import visible_count
 from scott_sparse.model.tokenizer import patches_along
 from scott_sparse.model.vit import EncoderConfig
-from scott_sparse.training.schedules import Schedules
+from scott_sparse.training.optim import Schedules
 
 EMA_WINDOW = 0.04  # of a run's steps
 
@@ -27,106 +24,116 @@ EMA_WINDOW = 0.04  # of a run's steps
 class Recipe:
     source: DataConfig = DataConfig()
     out: Path | None = None
-    """Run folder; default runs/RECIPE."""
+    """Run folder, for weights, checkpoints and logs. Default: runs/RECIPE."""
     overwrite: bool = False
-    """Replace the finished run that --out holds."""
+    """Delete the run that --out holds, finished or not, and start anew."""
     seed: int = 0
+    """Seed of everything random: first weights, order of the images, crops, masks, dropout."""
 
     # The model.
     image_size: int | tuple[int, int] = 224
-    """Side, or height and width, in pixels; multiples of the patch size."""
+    """Side of the views, or height and width, in pixels; multiples of the patch size."""
     size: str = "paper"
-    """demo, tiny, small, paper, base or large."""
-    tokenizer: str = "scott"
-    """scott, the sparse tokenizer, or patch, the plain one."""
+    """Depth and width of the encoder: demo, tiny, small, paper, base or large."""
     patch_size: int = 16
-    stem_width: int = 64
-    engine: str = "auto"
-    """Of the sparse tokenizer: auto (the fastest), dense, halo or spconv."""
-    ffn: Literal["swiglu", "mlp"] = "swiglu"
-    registers: int = 0
+    """Side of a patch, which becomes one token, in pixels."""
+    tokenizer: Annotated[str, ADVANCED] = "scott"
+    """scott: the sparse convolutional stem. patch: one linear layer per patch, as in a plain ViT."""
+    stem_width: Annotated[int, ADVANCED] = 64
+    """Channels of the sparse convolutional stem's first layer."""
+    engine: Annotated[str, ADVANCED] = "auto"
+    """What computes the sparse stem, with the same result: dense, halo, spconv, or auto, the fastest of them here."""
+    ffn: Annotated[Literal["swiglu", "mlp"], ADVANCED] = "swiglu"
+    """Feed-forward layers of the encoder's blocks."""
+    registers: Annotated[int, ADVANCED] = 0
+    """Register tokens of the encoder (arXiv 2309.16588)."""
     dropout: float = 0.0
-    attention_dropout: float = 0.0
-    drop_path: float = 0.0
+    """Dropout rate of the encoder's features while it trains, 0 to 1."""
+    attention_dropout: Annotated[float, ADVANCED] = 0.0
+    """Dropout rate of the attention weights, 0 to 1."""
+    drop_path: Annotated[float, ADVANCED] = 0.0
+    """Rate at which residual branches are skipped (stochastic depth), 0 to 1."""
 
     # The task.
     hide_ratio: float = 0.6
-    mask: Literal["block", "uniform"] = "block"
+    """Share of each crop's patches that is hidden from the context encoder and predicted, between 0 and 1."""
+    mask_shape: Annotated[Literal["block", "uniform"], ADVANCED] = "block"
+    """block: the visible patches form rectangles. uniform: each patch is drawn by itself."""
     objective: ObjectiveConfig = ObjectiveConfig()
     views: ViewConfig = ViewConfig()
 
     # The optimization; schedules follow optimizer steps.
     epochs: float = 300.0
+    """Passes over the images; a fraction is allowed."""
     batch_size: int = 64
     """Images per optimizer step, over all processes and accumulation steps."""
     accumulate: int = 1
-    """Forward and backward passes per optimizer step."""
+    """Forward and backward passes per optimizer step: for batches that are larger than memory."""
     lr: float = 5e-4
-    lr_start: float = 1e-6
-    lr_final: float = 1e-5
-    lr_batch: int | None = None
-    """Batch size that `lr` is meant for: another one trains with lr * sqrt(batch_size / lr_batch), as suits Adam (arXiv
-    2205.10287). Default: `lr` as it is."""
+    """Highest learning rate of AdamW, reached after warm-up."""
+    lr_batch_size: Annotated[int | None, ADVANCED] = None
+    """Multiply --lr by sqrt(batch_size / lr_batch_size), as suits Adam (arXiv 2205.10287). None: --lr as it is."""
+    lr_start: Annotated[float, ADVANCED] = 1e-6
+    """Learning rate at the start of warm-up."""
+    lr_final: Annotated[float, ADVANCED] = 1e-5
+    """Learning rate at the end of the run."""
     warmup_epochs: float | None = 40.0
-    """None: a tenth of the run."""
-    flat_fraction: float = 0.72
+    """Epochs over which the learning rate rises linearly. None: a tenth of the run."""
+    flat_fraction: Annotated[float, ADVANCED] = 0.72
+    """Share of the steps after warm-up at the highest learning rate; a cosine to --lr-final follows."""
     weight_decay: tuple[float, float] = (0.04, 0.4)
-    momentum: tuple[float, float] | None = (0.996, 1.0)
-    """Of the EMA target, first and last step. None: constant, so that it averages over 4 % of the run's steps."""
-    clip: float | None = None
-    """Largest gradient norm."""
+    """Weight decay at the first and at the last step, linear between."""
+    ema_momentum: Annotated[tuple[float, float] | None, ADVANCED] = (0.996, 1.0)
+    """EMA momentum of the target at the first and last step. None: constant, an average over 4 % of the run's steps."""
+    clip_grad: Annotated[float | None, ADVANCED] = None
+    """Gradients of a larger norm are scaled down to it. None: no limit."""
 
     # What happens to the run.
     resume: str = "auto"
-    """auto: go on from the newest whole checkpoint in --out, if there is one. Or the path of a checkpoint."""
+    """auto: resume from the newest undamaged checkpoint in --out, if there is one. Or the path of a checkpoint."""
     save_every: str = "10min"
     """Between checkpoints: optimizer steps (500) or minutes (10min)."""
-    keep: int = 2
-    """Newest checkpoints that are kept."""
-    keep_every: int | None = None
-    """Keep those at multiples of so many steps as well."""
+    keep_last: Annotated[int, ADVANCED] = 2
+    """How many of the newest checkpoints are kept."""
+    keep_every: Annotated[int | None, ADVANCED] = None
+    """Checkpoints at multiples of so many optimizer steps are kept as well."""
     minutes: float | None = None
-    """End after so many, with a checkpoint and exit code 75: the same command goes on. For queues with a limit."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do about a step with nan or inf in loss or gradient: end the run, or leave the step out and count it."""
+    """End after so many minutes with a checkpoint and exit code 75; the same command resumes (for limited queues)."""
+    on_nonfinite: Annotated[Literal["stop", "skip"], ADVANCED] = "stop"
+    """A step with nan or inf in its loss or gradient updates nothing. stop: end the run. skip: count it and go on."""
+    report_every: float | None = None
+    """Epochs between reports (k-NN on val, ranks of the features). None: a tenth of the run, 2 at least. 0: none."""
+    stop_on_collapse: Annotated[bool, ADVANCED] = False
+    """End the run when a report says that the features are collapsing."""
 
     # The machine.
     workers: int | None = None
-    """Processes that prepare batches ahead. Default: as many as the cores allow where images are decoded in every epoch
-    or a GPU trains, else 0: on a CPU they would take the cores that train."""
-    deterministic: bool = False
-    """Only kernels that give the same bits every time: on a GPU a resumed run then is the run, and slower."""
+    """Processes that prepare batches. None: by the cores with --cache none or on a GPU, else 0, as the CPU trains."""
     compile: bool = False
     """torch.compile the trained model and the target encoder."""
+    deterministic: Annotated[bool, ADVANCED] = False
+    """Use only kernels that give the same bits every time: on a GPU a resumed run is then the same run, and slower."""
     tracker: Literal["tensorboard"] | None = None
-    report_every: float | None = None
-    """Epochs between online reports; default a tenth of the run, 0 for none."""
-    stop_on_collapse: bool = False
-    """End the run when an online report says that it is collapsing."""
-    log_every: int = 10
-    """Optimizer steps between progress updates and writes to metrics.jsonl."""
+    """Also write the metrics as TensorBoard event files into --out."""
+    log_every: Annotated[int, ADVANCED] = 10
+    """Optimizer steps between updates of the progress bar and writes to metrics.jsonl."""
 
     def validate(self) -> None:
         """Raise ValueError for values that do not go together, naming field, value and remedy."""
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"workers {self.workers} must be 0 or more.")
-        for name in ("epochs", "batch_size", "accumulate", "lr", "log_every"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)} must be positive.")
-        if self.keep < 1 or (self.keep_every is not None and self.keep_every < 1):
-            raise ValueError(f"keep {self.keep} and keep_every {self.keep_every} must be 1 or more.")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"minutes {self.minutes} must be positive.")
-        self.saves  # noqa: B018 - validates save_every
-        if (self.report_every or 0) < 0:
-            raise ValueError(f"report_every {self.report_every} must be 0 (none) or more epochs.")
+        positive = ("epochs", "batch_size", "accumulate", "lr", "keep_last", "keep_every", "minutes", "log_every")
+        for name in (*positive, "workers", "report_every"):
+            value = getattr(self, name)
+            if value is not None and (not value >= 0 or (name in positive and value == 0)):
+                raise ValueError(f"{name} {value} must be {'positive' if name in positive else '0 or more'}.")
+        self.save_interval  # noqa: B018 - validates save_every
         if self.warmup_epochs is not None and not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
                 f"warmup_epochs {self.warmup_epochs:g} must be less than epochs {self.epochs:g}; "
                 f"use --warmup-epochs {self.epochs / 10:g}."
             )
-        if self.momentum is not None and not all(0 <= momentum <= 1 for momentum in self.momentum):
-            raise ValueError(f"momentum {self.momentum} must lie in [0, 1].")
+        if self.ema_momentum is not None and not all(0 <= momentum <= 1 for momentum in self.ema_momentum):
+            raise ValueError(f"ema_momentum {self.ema_momentum} must lie in [0, 1].")
+        check_engine(self.engine)
         self.encoder  # noqa: B018 - validates size, tokenizer and rates
         visible_count(self.grid[0] * self.grid[1], self.hide_ratio)
         if self.objective.cross_crop_weight and self.views.crops < 2:
@@ -139,27 +146,29 @@ class Recipe:
 
     @property
     def sides(self) -> tuple[int, int]:
-        """Image height and width."""
+        """Image height and width in pixels."""
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
 
     @property
-    def saves(self) -> tuple[int | None, float | None]:
-        """Steps, or seconds, between checkpoints. Raises ValueError for other words."""
-        found = re.fullmatch(r"(\d+|\d*\.\d+(?=min))(min)?", self.save_every)
-        if not found or not float(found[1]):
+    def save_interval(self) -> tuple[int | None, float | None]:
+        """Optimizer steps, or seconds, between checkpoints; the other is None. Raises ValueError for other words."""
+        match = re.fullmatch(r"(\d+|\d*\.\d+(?=min))(min)?", self.save_every)
+        if not match or not float(match[1]):
             raise ValueError(f"save_every {self.save_every!r} is no number of steps (500) or minutes (10min).")
-        return (None, 60 * float(found[1])) if found[2] else (int(found[1]), None)
+        return (None, 60 * float(match[1])) if match[2] else (int(match[1]), None)
 
     @property
     def grid(self) -> tuple[int, int]:
-        return tuple(patches_along(side, self.patch_size) for side in self.sides)
+        """Patches along height and width."""
+        height, width = self.sides
+        return patches_along(height, self.patch_size), patches_along(width, self.patch_size)
 
     def schedules(self, steps_per_epoch: int) -> Schedules:
-        """Of a run of `epochs` epochs."""
+        """The schedules of a run of `epochs` epochs."""
         steps = max(round(self.epochs * steps_per_epoch), 1)
         warmup = self.epochs / 10 if self.warmup_epochs is None else self.warmup_epochs
         constant = max(1 - 1 / (EMA_WINDOW * steps), 0.0)
-        scale = math.sqrt(self.batch_size / self.lr_batch) if self.lr_batch else 1.0
+        scale = math.sqrt(self.batch_size / self.lr_batch_size) if self.lr_batch_size else 1.0
         return Schedules(
             total_steps=steps,
             warmup_steps=round(warmup * steps_per_epoch),
@@ -168,7 +177,7 @@ class Recipe:
             lr_final=self.lr_final * scale,
             flat_fraction=self.flat_fraction,
             weight_decay=self.weight_decay,
-            momentum=self.momentum or (constant, constant),
+            momentum=self.ema_momentum or (constant, constant),
         )
 
     @property
@@ -176,6 +185,10 @@ class Recipe:
         fields = ("tokenizer", "patch_size", "stem_width", "ffn", "registers")
         rates = ("dropout", "attention_dropout", "drop_path")
         return EncoderConfig.named(self.size, **{name: getattr(self, name) for name in (*fields, *rates)})
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as they are written to recipe.json and into checkpoints."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
 FLOWERS102 = Recipe(source=DataConfig(data="flowers102"), dropout=0.2, attention_dropout=0.1, drop_path=0.1)
@@ -193,12 +206,12 @@ SMALL_DATA = Recipe(
     views=ViewConfig(crops=8, colour=0.0),
     epochs=24.0,
     lr=3e-3,
-    lr_batch=64,
+    lr_batch_size=64,
     warmup_epochs=None,
     flat_fraction=0.5,
     weight_decay=(0.04, 0.04),
-    momentum=None,
-    clip=1.0,
+    ema_momentum=None,
+    clip_grad=1.0,
 )
 
 # The same for petals, chosen on their val split. Strong colour jitter and grey: in drawn flowers colour says nothing.
@@ -210,7 +223,7 @@ DEMO = dataclasses.replace(
     views=ViewConfig(crops=6, crop_scale=(0.7, 1.0), colour=1.0, jitter=(0.6, 0.6, 0.6, 0.5), jitter_p=1.0, grey=0.3),
     epochs=5.0,
     batch_size=32,
-    report_every=1.0,
+    report_every=2.5,
 )
 
 RECIPES = {
@@ -219,10 +232,21 @@ RECIPES = {
     "flowers102": ("the paper's recipe as published, and its data set: 224 px, 300 epochs", FLOWERS102),
 }
 
-
-def as_json(recipe: Recipe) -> dict:
-    """As it is written to recipe.json and into checkpoints."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
+NO_GAIN = "was removed: it gained nothing (benchmarks/EVIDENCE.md)"
+OLD_FLAGS = {
+    "mask": "is --mask-shape now",
+    "momentum": "is --ema-momentum now",
+    "clip": "is --clip-grad now",
+    "lr-batch": "is --lr-batch-size now",
+    "keep": "is --keep-last now",
+    "mim": "is --mim-weight now",
+    "invariance": "is --cross-crop-weight now",
+    "spread": "is --cross-crop-loss now (ntxent or sigreg)",
+    "spread-share": "is --sigreg-weight now",
+    "directions": "is --sigreg-projections now",
+    "masks": NO_GAIN,
+    "target-blocks": NO_GAIN,
+}
 
 
 def parse(arguments: list[str]) -> tuple[str, Recipe]:
@@ -233,36 +257,30 @@ def parse(arguments: list[str]) -> tuple[str, Recipe]:
     if arguments and not arguments[0].startswith("-"):
         name, arguments = arguments[0], arguments[1:]
     else:
-        name, recipe = parse(["demo", *arguments])
-        if recipe.source.data == "petals":
-            return name, recipe
-        name = "small-data"
+        words = [word for argument in arguments for word in argument.split("=", 1)]
+        name = "small-data" if "--data" in words and "petals" not in words[words.index("--data") :][1:2] else "demo"
     if name not in RECIPES:
         known = ", ".join(f"{key} ({about})" for key, (about, _) in RECIPES.items())
         raise ValueError(f"unknown recipe {name!r}; expected one of: {known}.")
     about, default = RECIPES[name]
-    recipe, unknown = parse_flags(
-        functools.partial(
-            tyro.cli,
-            Recipe,
-            prog=f"train/pretrain.py {name}",
-            description=f"{about}. Other recipes: {', '.join(key for key in RECIPES if key != name)}.",
-            default=default,
-            args=arguments,
-            return_unknown_args=True,
-            config=(tyro.conf.OmitArgPrefixes,),
+    others = ", ".join(key for key in RECIPES if key != name)
+    description = f"{about}. Other recipes: {others}."
+    try:
+        recipe = parse_flags(
+            Recipe, arguments, default=default, prog=f"train/pretrain.py {name}", description=description
         )
-    )
-    if unknown:
-        fields = {
-            field.name
-            for part in (Recipe, DataConfig, ObjectiveConfig, ViewConfig)
-            for field in dataclasses.fields(part)
-        }
-        flags = [f"--{field.replace('_', '-')}" for field in sorted(fields)]
-        close = difflib.get_close_matches(unknown[0], flags, n=1)
-        meant = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"unknown option {unknown[0]}; {meant}--help lists all.")
+    except ValueError as mistake:
+        _refuse_old_flags(arguments)
+        raise mistake
     recipe.objective.refuse_ignored(vars(default.objective))
     recipe.validate()
     return name, recipe
+
+
+def _refuse_old_flags(arguments: list[str]) -> None:
+    """Raises ValueError for a flag of an earlier version, with what has become of it."""
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        flag, _, value = argument.removeprefix("--").replace("_", "-").partition("=")
+        if argument.startswith("--") and flag in OLD_FLAGS:
+            vicreg = flag == "spread" and "vicreg" in (value, following)
+            raise ValueError(f"--spread vicreg {NO_GAIN}." if vicreg else f"--{flag} {OLD_FLAGS[flag]}.")

@@ -16,8 +16,7 @@ from safetensors import safe_open
 from scott_sparse import MIMJEPA, EncoderConfig, ObjectiveConfig, from_paper_checkpoint
 from scott_sparse.model import vit
 from scott_sparse.model.jepa import make_target, target_features, update_target
-from scott_sparse.training.optim import adamw, set_schedules
-from scott_sparse.training.schedules import Schedules
+from scott_sparse.training.optim import Schedules, adamw, set_schedules
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 FILES = sorted(FOLDER.glob("*.safetensors"))

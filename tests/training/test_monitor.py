@@ -1,32 +1,24 @@
-"""The online report: that it says what happens, costs the run nothing but time, and never looks at test."""
+"""The online report: it says what happens, its numbers are comparable, it costs nothing but time, and sees no test."""
 
 import json
-import sys
 
-import pretrain
 import pytest
 import torch
+from conftest import TINY_RUN, run_pretraining
 from safetensors.torch import load_file
 
-from scott_sparse.training import monitor as online
-
-TINY = ["small-data", "--crops", "2", "--size", "demo", "--stem-width", "8", "--image-size", "32", "--batch-size", "8"]
+from scott_sparse.evaluation import report as final
+from scott_sparse.training import monitor
 
 
 @pytest.fixture
-def pretrained(tmp_path, monkeypatch, capsys):
+def pretrained(tmp_path):
     """A function that runs train/pretrain.py; returns its run folder, what it printed and how it ended."""
 
     def go(data, *more):
         out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        arguments = [*TINY, "--data", data, "--cache-dir", tmp_path / "cache", "--out", out, *more]
-        monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments)])
-        try:
-            pretrain.main()
-            code = None
-        except SystemExit as end:
-            code = end.code
-        return out, capsys.readouterr().out, code
+        code, printed = run_pretraining(*TINY_RUN, "--data", data, "--out", out, "--report-every", 1, *more)
+        return out, printed, code
 
     return go
 
@@ -40,33 +32,50 @@ def labelled(photos):
     return photos({f"{split}/{name}": count for split, count in (("train", 20), ("test", 4)) for name in "abc"})
 
 
-def test_a_report_every_n_epochs(labelled, pretrained):
-    out, printed, _ = pretrained(labelled, "--epochs", 4, "--report-every", 2)
-    found = reports(out)
-    assert [report["epoch"] for report in found] == [0, 2, 4]
-    assert found[0]["loss"] is None and found[0]["ema_distance"] == 0 < found[2]["ema_distance"]
-    for report in found:
-        assert 0 <= report["knn"] <= 100 and report["knn_error"] > 0
-        assert 1 <= report["rankme"] <= 96 and 1 <= report["lidar"] <= 96 and 0 < report["std"] <= 1.1
-        assert -1 <= report["token_similarity"] <= 1
-    assert " ".join(printed.split()).count("k-NN on val") == 3 and ": learning" in printed
+def test_reports_of_a_run_are_comparable(labelled, pretrained):
+    """With each other whatever their distance, and with the table at the end: all train images are the bank."""
+    flags = ("--epochs", 4)
+    out, printed, _ = pretrained(labelled, *flags)
+    rows = reports(out)
+    assert [row["epoch"] for row in rows] == [0, 1, 2, 3, 4]
+    assert rows[0]["loss"] is None and rows[0]["ema_distance"] == 0 < rows[4]["ema_distance"]
+    for row in rows:
+        assert 0 <= row["knn"] <= 100 and row["knn_error"] > 0
+        assert 1 <= row["rankme"] <= 96 and 1 <= row["lidar"] <= 96 and 0 < row["std"] <= 1.1
+        assert -1 <= row["token_similarity"] <= 1
+    assert printed.count("k-NN on val ") == 5 and ": learning" in printed and "bank" not in printed
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["verdict"] == found[-1]["verdict"] and summary["report_share"] > 0
+    assert summary["verdict"] == rows[-1]["verdict"] and summary["report_share"] > 0
+    assert summary["knn"]["init"] == round(rows[0]["knn"], 2)
+    assert summary["knn"]["pretrained"] == round(rows[-1]["knn"], 2)
+
+    out, _, _ = pretrained(labelled, *flags, "--report-every", 2)
+    for row, same in zip(reports(out), rows[::2], strict=True):
+        assert {**row, "loss": 0, "verdict": ""} == {**same, "loss": 0, "verdict": ""}
+
+
+def test_a_sample_is_named(labelled, pretrained, monkeypatch):
+    monkeypatch.setattr(monitor, "MAX_BANK_IMAGES", 32)
+    _, printed, _ = pretrained(labelled)
+    assert printed.count(" % (bank: 32 of 54 images), RankMe") == 3
+    monkeypatch.setattr(monitor, "MAX_QUERY_IMAGES", 4)
+    _, printed, _ = pretrained(labelled)
+    assert printed.count(" % (bank: 32 of 54 images, queries: 4 of 6 images), RankMe") == 3
 
 
 def test_without_labels(photos, pretrained):
-    out, printed, _ = pretrained(photos({".": 30}), "--epochs", 2, "--report-every", 1)
-    assert [report["knn"] for report in reports(out)] == [None] * 3
-    assert "RankMe" in printed and "k-NN on val" not in printed
+    out, printed, _ = pretrained(photos({".": 30}))
+    assert [row["knn"] for row in reports(out)] == [None] * 3
+    assert "RankMe" in printed and "k-NN" not in printed
 
 
 def test_without_labels_but_with_splits(photos, pretrained):
-    out, _, code = pretrained(photos({"train": 20, "val": 8, "test": 8}), "--epochs", 2, "--report-every", 1)
-    assert code is None and [report["knn"] for report in reports(out)] == [None] * 3
+    out, _, code = pretrained(photos({"train": 20, "val": 8, "test": 8}))
+    assert code is None and [row["knn"] for row in reports(out)] == [None] * 3
 
 
 def test_weights_do_not_depend_on_reports(labelled, pretrained):
-    more = ("--epochs", 2, "--dropout", 0.1)
+    more = ("--dropout", 0.1)
     with_reports, _, _ = pretrained(labelled, *more, "--report-every", 0.5)
     without, _, _ = pretrained(labelled, *more, "--report-every", 0)
     assert len(reports(with_reports)) > 3 and not (without / "reports.jsonl").exists()
@@ -77,25 +86,26 @@ def test_weights_do_not_depend_on_reports(labelled, pretrained):
 
 @pytest.mark.parametrize("protocol", ["clean", "paper"])
 def test_never_of_test_images(protocol, labelled, pretrained, monkeypatch):
-    """Under the paper protocol val is test here, so that there is no k-NN; pretraining itself sees all images."""
-    extract, seen = online.extract, set()
+    """Neither reports nor the table. Under the paper protocol val is test here: no k-NN; training sees all images."""
+    extract, seen = monitor.extract, set()
 
     def watched(model, images, **options):
         seen.update(images.names)
         return extract(model, images, **options)
 
-    monkeypatch.setattr(online, "extract", watched)
-    out, _, _ = pretrained(labelled, "--epochs", 2, "--report-every", 1, "--protocol", protocol)
-    assert seen
+    for module in (monitor, final):
+        monkeypatch.setattr(module, "extract", watched)
+    out, printed, code = pretrained(labelled, "--protocol", protocol)
+    assert seen and code is None
     if protocol == "clean":
         assert not any(name.startswith("test/") for name in seen) and reports(out)[0]["knn"] is not None
     else:
-        assert reports(out)[0]["knn"] is None
+        assert reports(out)[0]["knn"] is None and "k-NN" not in printed
 
 
 def test_stop_on_collapse(labelled, pretrained, monkeypatch):
     """Of an encoder whose features are made the same for all images at epoch 2."""
-    examine = online.OnlineReport.examine
+    examine = monitor.OnlineReport.examine
 
     def collapse(self, epoch):
         if epoch >= 2:
@@ -103,11 +113,10 @@ def test_stop_on_collapse(labelled, pretrained, monkeypatch):
                 p.data.zero_()
         return examine(self, epoch)
 
-    monkeypatch.setattr(online.OnlineReport, "examine", collapse)
-    more = ("--epochs", 4, "--report-every", 1)
-    out, printed, code = pretrained(labelled, *more, "--stop-on-collapse")
+    monkeypatch.setattr(monitor.OnlineReport, "examine", collapse)
+    out, printed, code = pretrained(labelled, "--epochs", 4, "--stop-on-collapse")
     assert code.startswith("error: collapsing: RankMe fell from ") and "at epoch 2; stopped" in code
     assert len(reports(out)) == 3 and not (out / "encoder.safetensors").exists()
-    out, printed, code = pretrained(labelled, *more)
-    assert code is None and "collapsing: RankMe fell" in " ".join(printed.split())
+    out, printed, code = pretrained(labelled, "--epochs", 4)
+    assert code is None and "collapsing: RankMe fell" in printed
     assert json.loads((out / "summary.json").read_text())["verdict"].startswith("collapsing")

@@ -1,0 +1,238 @@
+"""A pretraining run: what is checked before it starts, its parts, its batches and its summary."""
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, set_seed
+from filelock import FileLock
+from rich.console import Console
+
+from scott_sparse.data.batches import Batch, Batches, default_workers, load
+from scott_sparse.data.dataset import Data, open_data, short_side_for
+from scott_sparse.distributed import full_state_dict, main_then_broadcast, on_all_processes
+from scott_sparse.files import write_json
+from scott_sparse.model.jepa import MIMJEPA, make_target
+from scott_sparse.model.losses import draw_projections
+from scott_sparse.model.tokenizer import TOKENIZERS
+from scott_sparse.model.vit import Encoder
+from scott_sparse.model.weights import save_encoder
+from scott_sparse.randomness import generator_at
+from scott_sparse.shapes import Float, Tensor
+from scott_sparse.training.optim import Schedules
+from scott_sparse.training.recipe import Recipe, parse
+from scott_sparse.training.resume import SUMMARY, UNREADABLE, open_folder
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on; the message says why, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that the training loop needs."""
+
+    name: str  # of the recipe
+    recipe: Recipe
+    out: Path  # run folder
+    accelerator: Accelerator
+    data: Data
+    model: MIMJEPA
+    engine: str  # of the context encoder's tokenizer
+    console: Console  # prints on the main process only
+    checkpoint: Path | None  # from which the run resumes
+    lock: FileLock  # of the run folder, held by the main process as long as this object lives
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps; an epoch leaves out the images that do not fill a batch."""
+        return len(self.data.pretrain) // self.recipe.batch_size
+
+    @property
+    def schedules(self) -> Schedules:
+        return self.recipe.schedules(self.steps_per_epoch)
+
+    @property
+    def encoder_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.encoder.parameters())
+
+    def describe(self) -> None:
+        """Print what is trained, and on what."""
+        recipe, data, accelerator = self.recipe, self.data, self.accelerator
+        self.console.print(
+            f"{self.name}: {len(data.pretrain):,} images ({recipe.source.protocol} protocol) at {recipe.sides[0]} x "
+            f"{recipe.sides[1]} px, encoder {recipe.size} ({self.encoder_parameters / 1e6:.1f} M parameters), engine "
+            f"{self.engine}, {accelerator.num_processes} x {accelerator.device.type}, precision "
+            f"{accelerator.mixed_precision}; loss terms: {', '.join(recipe.objective.terms)}"
+        )
+        if data.unreadable:
+            self.console.print(f"{len(data.unreadable):,} images cannot be read and are left out: see {UNREADABLE}")
+        if data.test and data.test_duplicates:
+            count = f"{data.test_duplicates:,} of the {len(data.test):,} test images"
+            self.console.print(f"{count} are also in the training set, pixel for pixel")
+
+    def batches(self, steps: range) -> Iterator[list[Batch]]:
+        """This process's share of the batches of some steps: for each step one micro-batch per accumulation step."""
+        recipe, accelerator, on_gpu = self.recipe, self.accelerator, self.accelerator.device.type == "cuda"
+        batches = Batches(
+            self.data.pretrain,
+            recipe.views,
+            recipe.grid,
+            recipe.hide_ratio,
+            recipe.mask_shape,
+            recipe.batch_size,
+            recipe.seed,
+            accumulate=recipe.accumulate,
+            process=accelerator.process_index,
+            processes=accelerator.num_processes,
+        )
+        workers = recipe.workers
+        if workers is None:
+            workers = default_workers(streamed=recipe.source.cache == "none", on_gpu=on_gpu)
+        return load(batches, steps, workers=workers, pin=on_gpu)
+
+    def save_weights(self, target: Encoder, encoder: Encoder) -> None:
+        """Write the target and the context encoder; all processes take part. Raises RunFailed."""
+        context = make_target(target)
+        context.load_state_dict(full_state_dict(encoder))
+
+        def save() -> None:
+            save_encoder(target, self.out)
+            save_encoder(context, self.out, weights="context")
+
+        try:
+            main_then_broadcast(save)
+        except ValueError as error:
+            remedy = "make room, and the same command writes them"
+            raise RunFailed(f"the weights cannot be written ({error}); {remedy}.") from None
+
+    def write_summary(self, training: dict[str, Any], knn: dict[str, float] | None) -> dict[str, Any]:
+        """Write and return what the run was and gave; `training` is what the loop returned."""
+        recipe, data, device = self.recipe, self.data, self.accelerator.device
+        roles = {role: getattr(data, role) for role in ("pretrain", "train", "val", "test")}
+        summary = {
+            "recipe": self.name,
+            "knn": knn,
+            "seconds": round(time.perf_counter() - self.started, 1),
+            **training,
+            "cpu_seconds": round(time.process_time(), 1),  # of this process, since it was started
+            "peak_memory_mib": peak_memory_mib(device),
+            "engine": self.engine,
+            "terms": recipe.objective.terms,
+            "data": {
+                "source": recipe.source.data,
+                "protocol": recipe.source.protocol,
+                "fingerprint": data.fingerprint,
+                "images": {role: len(images or ()) for role, images in roles.items()},
+                "unreadable": len(data.unreadable),
+                "test_images_also_in_training": data.test_duplicates,
+            },
+            "encoder_parameters": self.encoder_parameters,
+            "processes": self.accelerator.num_processes,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            "mixed_precision": self.accelerator.mixed_precision,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        }
+        write_json(self.out / SUMMARY, summary)
+        return summary
+
+
+def open_run(arguments: list[str]) -> Run:
+    """The run that some command line arguments ask for.
+
+    Raises ValueError or OSError, on all processes, for mistakes; nothing is written before settings and images are
+    checked.
+    """
+    started = time.perf_counter()
+    name, recipe = parse(arguments)
+    out = recipe.out or Path("runs") / name
+    accelerator = _accelerator(recipe, out)
+    console = Console(quiet=not accelerator.is_main_process)
+    slices = accelerator.num_processes * recipe.accumulate
+    if recipe.batch_size % slices:
+        raise ValueError(
+            f"batch_size {recipe.batch_size} does not divide into {accelerator.num_processes} processes x "
+            f"{recipe.accumulate} accumulation steps; nearest: {max(round(recipe.batch_size / slices), 1) * slices}."
+        )
+    # Nodes have GPUs and disks of their own.
+    engine = on_all_processes(lambda: _engine(recipe, accelerator.device))
+    data = on_all_processes(lambda: open_data(recipe.source, short_side=short_side_for(recipe.sides)))
+    if recipe.batch_size > len(data.pretrain):
+        raise ValueError(
+            f"batch_size {recipe.batch_size} is larger than the data set ({len(data.pretrain)} images to train on); "
+            f"use --batch-size {len(data.pretrain) // slices * slices or slices} or less."
+        )
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix is multiplied
+        torch.use_deterministic_algorithms(True)
+    set_seed(recipe.seed)
+    model = MIMJEPA(recipe.encoder, recipe.objective, engine=recipe.engine)
+    lock, precision = FileLock(out / ".lock"), accelerator.mixed_precision
+    checkpoint = main_then_broadcast(lambda: open_folder(name, recipe, out, data, precision, console, lock))
+    return Run(name, recipe, out, accelerator, data, model, engine, console, checkpoint, lock, started)
+
+
+def _accelerator(recipe: Recipe, out: Path) -> Accelerator:
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else several CPU processes would not find each other
+        gradient_accumulation_steps=recipe.accumulate,
+        log_with=recipe.tracker,
+        project_dir=out if recipe.tracker else None,
+    )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise ValueError("parameters are sharded by FSDP2 only; use accelerate launch --use_fsdp --fsdp_version 2.")
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        # Parameters stay fp32: autocast does the rest, as it does on one process.
+        assert accelerator.state.fsdp_plugin is not None
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    return accelerator
+
+
+def _engine(recipe: Recipe, device: torch.device) -> str:
+    """What computes the context encoder's tokens. Raises ValueError if it cannot work on `device`."""
+    tokenizer, share = TOKENIZERS[recipe.tokenizer], 1 - recipe.hide_ratio
+    return tokenizer.engine_name(recipe.engine, device, visible_share=share, dim=recipe.encoder.dim)
+
+
+def projections_at(recipe: Recipe, step: int, device: torch.device) -> Float[Tensor, "E M"] | None:
+    """SIGReg's random projections of a step, the same for all processes and crops; None if SIGReg is off."""
+    objective = recipe.objective
+    if "sigreg" not in objective.weights:
+        return None
+    generator = generator_at(recipe.seed, "directions", step)
+    return draw_projections(objective.projector[1], objective.sigreg_projections, generator=generator).to(device)
+
+
+def peak_memory_mib(device: torch.device) -> int:
+    """Peak allocated memory of a GPU, or peak resident memory of this process, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def tune_allocator() -> None:
+    """Let glibc keep freed memory and torch use huge pages, in this process; to be called before the first tensor.
+
+    A step on a CPU allocates hundreds of large buffers. By default glibc gives each back to the kernel, which clears it
+    page by page before the next use.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)

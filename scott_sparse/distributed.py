@@ -68,7 +68,7 @@ def on_all_processes(act: Callable[[], T]) -> T:
         result, mistake = None, error
     messages: list[str | None] = [None] * world_size()
     if world_size() > 1:
-        message = mistake and f"process {rank()} on {platform.node()}: {mistake}"
+        message = None if mistake is None else f"process {rank()} on {platform.node()}: {mistake}"
         torch.distributed.all_gather_object(messages, message)
     if mistake is not None:
         raise mistake

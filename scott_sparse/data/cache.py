@@ -114,6 +114,7 @@ def _fingerprint(source: Source, *settings: object) -> str:
     digest = hashlib.blake2b(repr((FORMAT, PIL.__version__, settings)).encode(), digest_size=16)
     for name in source.names:
         digest.update(os.fsencode(name) + b"\0")
+    stamp: object
     for path in source.files:
         try:
             status = path.stat()
@@ -158,9 +159,10 @@ def _write(path: Path, source: Source, title: str, short_side: int, keep_pixels:
     total = len(source.names)
     sizes, digests = torch.zeros(total, 2, dtype=torch.int64), torch.zeros(total, dtype=torch.int64)
     unreadable = {}
-    bar = {"description": f"decoding {title}", "console": Console(stderr=True), "transient": True}
     with open_atomically(path, locked=True) as file:
-        for i, picture in enumerate(track(_decode_all(source, short_side), total=total, **bar)):
+        pictures = _decode_all(source, short_side)
+        console, description = Console(stderr=True), f"decoding {title}"
+        for i, picture in enumerate(track(pictures, description, total, console=console, transient=True)):
             if isinstance(picture, str):
                 unreadable[i] = picture
                 continue
@@ -171,8 +173,8 @@ def _write(path: Path, source: Source, title: str, short_side: int, keep_pixels:
         length = file.tell()
         file.flush()
         about = {"bytes": length, "fingerprint": fingerprint, "unreadable": unreadable, "sample": _sample(file, length)}
-        about = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
-        index = save({"sizes": sizes, "digests": digests, "about": about})
+        encoded = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
+        index = save({"sizes": sizes, "digests": digests, "about": encoded})
         file.seek(length)
         file.write(index + TRAILER.pack(len(index), _digest(index), MAGIC))
 

@@ -73,11 +73,11 @@ class TimmModel(ImageEncoder):
         if not timm.is_model(name):
             raise ValueError(f"--timm {name}: unknown to timm; timm.list_models(pretrained=True) lists its models.")
         try:
-            self.model: Any = timm.create_model(name, pretrained=True, num_classes=0).eval()
+            model: Any = timm.create_model(name, pretrained=True, num_classes=0).eval()
         except Exception as error:  # fetching weights fails in many ways; untrained weights must not be evaluated
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"--timm {name}: the weights cannot be fetched ({reason}).") from error
-        config = self.model.pretrained_cfg
+        self.model, config = model, model.pretrained_cfg
         self.description = {"timm": timm.__version__, "name": name, "pretrained_cfg": dict(config)}
         self.size = (int(config["input_size"][1]), int(config["input_size"][2]))
         # From our normalisation to that of the model.

@@ -149,8 +149,8 @@ def export_features(
     path: Path, encoder: ImageEncoder, parts: Sequence[Images], *, size: tuple[int, int], **how
 ) -> None:
     """Write the features of some images, extracted with `how`, for other programs (see eval/extract.py)."""
-    features = [extract(encoder, part, size=size, **how) for part in parts]
-    features = [part for part in features if part is not None]
+    extracted = (extract(encoder, part, size=size, **how) for part in parts)
+    features = [part for part in extracted if part is not None]
     if not features:  # not the main process
         return
     blocks = torch.cat([part.pooled for part in features])

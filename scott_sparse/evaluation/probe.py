@@ -29,8 +29,6 @@ from scott_sparse.evaluation.subject import EncoderUnderTest, ProbeConfig, count
 from scott_sparse.files import write_json
 from scott_sparse.shapes import Float, Int, Tensor
 
-ROLES = ("train", "val", "test")
-
 
 @runtime_checkable
 class Probe(Protocol):
@@ -89,23 +87,36 @@ def load_probe_data(config: ProbeConfig, *, tokens: bool = False, copies: int = 
     pretrained_on = count_pretrained_test_images(encoder, source, data)
     height, width = encoder.size
     key = f"{FORMAT}-{fingerprint(encoder.model)}-{data.fingerprint}"
-    how = {"size": encoder.size, "tokens": tokens, "workers": config.workers}
 
     def features_of(role: str, images: Images, copies: int = 0) -> Features | None:
         name = f"{key}-{role}-{height}x{width}-{copies}{'-tokens' * tokens}.safetensors"
         path = source.cache_dir / "features" / name
-        return cached_features(path, lambda: extract(encoder.model, images, copies=copies, **how))
 
-    features = [features_of("train", train, copies), features_of("val", val), features_of("test", test)]
+        def make() -> Features | None:
+            workers = config.workers
+            return extract(encoder.model, images, size=encoder.size, copies=copies, tokens=tokens, workers=workers)
+
+        return cached_features(path, make)
+
+    of_train, of_val, of_test = features_of("train", train, copies), features_of("val", val), features_of("test", test)
     state.wait_for_everyone()
     state.destroy_process_group()
-    features = [part for part in features if part is not None]
-    if not features:
+    if of_train is None or of_val is None or of_test is None:  # not the main process
         return None
-    for part in features:
+    for part in (of_train, of_val, of_test):
         check_finite(part.pooled)
-    labels = {"train_labels": train.labels.repeat(1 + copies), "val_labels": val.labels, "test_labels": test.labels}
-    return ProbeData(encoder, data, pretrained_on, data.classes, **labels, **dict(zip(ROLES, features)))
+    return ProbeData(
+        encoder,
+        data,
+        pretrained_on,
+        data.classes,
+        train=of_train,
+        val=of_val,
+        test=of_test,
+        train_labels=train.labels.repeat(1 + copies),
+        val_labels=val.labels,
+        test_labels=test.labels,
+    )
 
 
 def run_probe(

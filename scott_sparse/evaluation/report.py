@@ -150,6 +150,7 @@ def knn_report(
         "init": FrozenEncoder(initial),
         "pretrained": FrozenEncoder(pretrained),
     }
+    assert train.labels is not None and val.labels is not None
     accuracies: dict[str, float] = {}
     for name, encoder in encoders.items():
         bank, queries = (extract(encoder, images, size=size) for images in (train, val))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from scott_sparse.model.engines import ENGINES, check_engine, choose_engine
+from scott_sparse.model.engines import ENGINES, Engine, check_engine, choose_engine
 from scott_sparse.model.engines.dense import Dense
 from scott_sparse.model.sites import KERNEL, ActiveSites
 from scott_sparse.shapes import Bool, Float, Int, Tensor
@@ -139,6 +139,7 @@ class SparseTokenizer(Tokenizer):
         return choose_engine(engine, device, visible_share=visible_share, dim=dim)
 
     def _packed(self, images: Float[Tensor, "B 3 H W"], active: ActiveSites | None) -> Float[Tensor, "S D"]:
+        engine: Engine
         if active is None:
             engine = Dense(None)
         else:

@@ -157,10 +157,11 @@ def spconv_failure(device: str) -> str | None:
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         dense, sparse = Dense(active), SpConv(active)
         expected = dense.leave(dense.conv(dense.enter(images), kernel))
-        error = (sparse.leave(sparse.conv(sparse.enter(images), kernel)) - expected).abs().max() / expected.abs().max()
+        tokens = sparse.leave(sparse.conv(sparse.enter(images), kernel))
+        difference = (tokens - expected).abs().max() / expected.abs().max()
     # TF32 convolutions, the default on CUDA, are good to three digits only.
-    if not error < (5e-3 if images.is_cuda else 1e-5):
-        return f"its self-test differs from F.conv2d by {error:.1e}"
+    if not difference < (5e-3 if images.is_cuda else 1e-5):
+        return f"its self-test differs from F.conv2d by {difference:.1e}"
     return None
 
 

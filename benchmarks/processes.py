@@ -25,11 +25,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "train"))
+from scott_sparse import MIMJEPA
+from scott_sparse.training import recipe as recipes
 
-from scott_sparse import MIMJEPA  # noqa: E402
-from scott_sparse.training import recipe as recipes  # noqa: E402 - a neighbour of the scripts in train/
+ROOT = Path(__file__).parent.parent
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,18 +17,15 @@ import torch
 import torch.nn.functional as F
 from rich.progress import track
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "train"))
-
-from scott_sparse import Encoder, save_encoder  # noqa: E402
-from scott_sparse.cli import exit_on_user_error  # noqa: E402
-from scott_sparse.data.batches import Batches, load  # noqa: E402
-from scott_sparse.data.dataset import Data, open_data, short_side_for  # noqa: E402
-from scott_sparse.data.views import make_views  # noqa: E402
-from scott_sparse.evaluation.features import eval_images  # noqa: E402
-from scott_sparse.randomness import batch_indices  # noqa: E402
-from scott_sparse.training.optim import adamw, set_schedules  # noqa: E402
-from scott_sparse.training.recipe import Recipe, parse  # noqa: E402 - a neighbour of the scripts in train/
+from scott_sparse import Encoder, save_encoder
+from scott_sparse.cli import exit_on_user_error
+from scott_sparse.data.batches import Batches, load
+from scott_sparse.data.dataset import Data, open_data, short_side_for
+from scott_sparse.data.views import make_views
+from scott_sparse.evaluation.features import eval_images
+from scott_sparse.randomness import batch_indices
+from scott_sparse.training.optim import adamw, set_schedules
+from scott_sparse.training.recipe import Recipe, parse
 
 
 class Classifier(torch.nn.Module):

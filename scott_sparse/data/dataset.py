@@ -19,7 +19,7 @@ from scott_sparse.data.splits import Splits, select_roles
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images to use, and where decoded images are kept. Every field is a flag."""
+    """Which images to use, and where decoded images are kept."""
 
     data: str | None = None
     """Images to use: a folder of images, petals (drawn flowers, no download), hf:OWNER/NAME of the Hugging Face Hub,

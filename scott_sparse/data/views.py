@@ -38,10 +38,7 @@ BOX_TRIES = 10
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """How views are drawn at random; the defaults are those of the paper. Every field is a flag.
-
-    Raises ValueError for a value outside its range, naming field, value and range.
-    """
+    """How views are drawn at random; the defaults of the class are those of the paper."""
 
     crops: int = 1
     """Crops of each image, 1 or more. MIM-JEPA predicts the first; cross-crop terms compare all of them."""
@@ -67,6 +64,7 @@ class ViewConfig:
     """Smallest and largest standard deviation of the blur, in pixels of the view; drawn uniformly."""
 
     def __post_init__(self):
+        """Raises ValueError for a value outside its range, naming field, value and range."""
         if self.crops < 1:
             raise ValueError(f"crops is {self.crops}; each image needs at least 1.")
         for name, upper in (("crop_scale", 1.0), ("crop_ratio", math.inf), ("blur_sigma", math.inf)):

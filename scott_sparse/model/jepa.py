@@ -36,10 +36,7 @@ READ_BY = {  # fields of ObjectiveConfig that not all losses read: the terms tha
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """Which terms the loss has, and what the context encoder sees.
-
-    Raises ValueError for a value that is wrong, and for one that was changed although the chosen loss ignores it.
-    """
+    """Which terms the loss has, and what the context encoder sees."""
 
     mim_weight: float = 1.0
     """Weight of MIM-JEPA's loss; 0 leaves out target encoder pass and predictor."""
@@ -61,6 +58,7 @@ class ObjectiveConfig:
     """Random projections of SIGReg, drawn anew at each step."""
 
     def __post_init__(self):
+        """Raises ValueError for a value that is wrong, and for one that was changed although the loss ignores it."""
         if self.context not in ("all", "visible"):
             raise ValueError(f"unknown context {self.context!r}; expected 'all' or 'visible'.")
         if self.cross_crop_loss not in ("ntxent", "sigreg"):

@@ -2,19 +2,27 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO := runs/demo --data petals
 
-.PHONY: demo test faults lint clean
+.PHONY: demo test test-all faults lint clean
 
 # Without a GPU two processes of one thread each are faster than one of two threads: these layers are small.
 PROCESSES := $(shell nvidia-smi > /dev/null 2>&1 && echo 1 || echo 2)
 
 demo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node $(PROCESSES) train/pretrain.py demo --overwrite
+	for probe in knn linear; do for init in "--init pixels" "--init random" ""; do \
+	    $(BIN)/python eval/$$probe.py $(DEMO) $$init > /dev/null || exit 1; done; done
+	$(BIN)/python eval/table.py runs/demo
 
 test: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-all: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 faults: $(VENV)/installed
 	$(BIN)/python tests/faults.py

@@ -14,7 +14,7 @@ trap 'rm -rf "$work"' EXIT
 failed=()
 try() { "${@:2}" || failed+=("$1"); }
 
-try parity "$python" -m pytest -q tests/test_golden.py tests/test_tokenizer.py tests/test_views.py --junitxml "$work/parity.xml"
+try parity "$python" -m pytest -q tests/model/test_golden.py tests/model/test_tokenizer.py tests/data/test_views.py --junitxml "$work/parity.xml"
 try tokenizer "$python" benchmarks/tokenizer.py --repeats "${REPEATS:-5}" --json "$work/tokenizer.json"
 try step "$python" benchmarks/step.py --rounds "${ROUNDS:-3}" --steps 2 --json "$work/step.json"
 

@@ -29,7 +29,7 @@ from torchvision.transforms import v2
 
 from scott_sparse.data.batches import Batches, load
 from scott_sparse.data.dataset import DataConfig, open_data, short_side_for
-from scott_sparse.data.sources import walk
+from scott_sparse.data.sources import image_files
 from scott_sparse.data.views import IMAGENET_MEAN, IMAGENET_STD, ViewConfig, make_views
 from scott_sparse.distributed import cpu_count
 
@@ -113,13 +113,13 @@ def measure(settings: Settings, folder: Path, cache_dir: Path) -> None:
         images = open_data(source, short_side=short_side_for(size)).pretrain
         batches = Batches(images, config, (14, 14), 0.6, "block", settings.batch_size, seed=0)
         (part,) = batches[0]
-        make_views(part.cuts.to(device), part.views, size=size)
+        make_views(part.crops.to(device), part.views, size=size)
         return time.perf_counter() - started, batches
 
     fresh, cached = first_batch("disk")
     again, cached = first_batch("disk")
     scanned, streamed = first_batch("none")
-    files = walk(folder)
+    files = image_files(folder)
 
     pil = PilViews(files, config, settings.image_size)
     paths = {
@@ -156,7 +156,7 @@ def training_process(batches: Batches, settings: Settings, device: torch.device)
     size = (settings.image_size, settings.image_size)
     workers = min(cpu_count(), 8) if device.type == "cuda" else 0
     for (part,) in load(batches, range(10**6), workers=workers, pin=device.type == "cuda"):
-        yield make_views(part.cuts.to(device, non_blocking=True), part.views, size=size)
+        yield make_views(part.crops.to(device, non_blocking=True), part.views, size=size)
 
 
 def torchvision(views: PilViews, settings: Settings):
@@ -188,7 +188,7 @@ def memory(batches: Batches, size: tuple[int, int], times: int = 5, steps: int =
     for turn in range(times):
         for step in range(turn * steps, (turn + 1) * steps):
             (part,) = batches[step]
-            make_views(part.cuts, part.views, size=size)
+            make_views(part.crops, part.views, size=size)
         status = Path("/proc/self/status").read_text()
         used.append(int(re.search(r"RssAnon:\s+(\d+)", status).group(1)) // 2**10)
     return used

@@ -17,7 +17,6 @@ import dataclasses
 import json
 import math
 import platform
-import random
 import re
 import resource
 import statistics
@@ -28,25 +27,26 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import tyro
-from einops import rearrange
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from oracles import attention_by_einsum, visible_by_loop
 
 from scott_sparse import MIMJEPA
 from scott_sparse.data.batches import Batch, Batches
 from scott_sparse.data.dataset import Images
 from scott_sparse.data.views import make_views
 from scott_sparse.model.jepa import make_target, target_features, update_target
-from scott_sparse.model.masks import ASPECT_RANGE, MIN_BLOCK_AREA, draw_visible, visible_count
+from scott_sparse.model.masks import draw_visible, visible_count
 from scott_sparse.model.vit import Attention
 from scott_sparse.training import recipe as recipes
 from scott_sparse.training.optim import adamw, set_schedules
-from scott_sparse.training.run import directions_at
+from scott_sparse.training.run import projections_at
 
 CASES = {
     "demo 48, 64": ("cpu", ["demo", "--batch-size", "64"]),
@@ -113,15 +113,15 @@ class Step:
         part = self.batches[self.number][0]
         if self.plain:
             part = self._masks_by_loop(part)
-        context, target_images = make_views(part.cuts.to(self.device), part.views, size=self.recipe.sides)
+        context, target_images = make_views(part.crops.to(self.device), part.views, size=self.recipe.sides)
         visible = part.visible.to(self.device, non_blocking=True)
         mark("input")
         set_schedules(self.optimizer, self.schedules, self.number % 100)
-        directions = directions_at(self.recipe, self.number, self.device)
+        projections = projections_at(self.recipe, self.number, self.device)
         with torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext():
             targets = target_features(self.target, target_images)
             mark("target")
-            loss = self.model(context, visible, targets, directions)["loss"]
+            loss = self.model(context, visible, targets, projections)["loss"]
         mark("loss")
         loss.backward()
         mark("backward")
@@ -201,7 +201,7 @@ class Step:
 
     @property
     def _views(self) -> tuple[int, int]:
-        return self.recipe.batch_size, self.recipe.views.crops * self.recipe.masks
+        return self.recipe.batch_size, self.recipe.views.crops
 
     @contextlib.contextmanager
     def _timed(self, module, method: str, name: str, times: dict):
@@ -218,34 +218,6 @@ class Step:
         setattr(module, method, timed)
         yield
         delattr(module, method)
-
-
-def attention_by_einsum(self: Attention, x):
-    q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-    weights = (torch.einsum("bhnd,bhmd->bhnm", q, k) / math.sqrt(q.shape[-1])).softmax(-1)
-    weights = F.dropout(weights, self.attention_dropout, self.training)
-    return self.dropout(self.proj(rearrange(torch.einsum("bhnm,bhmd->bhnd", weights, v), "b h n d -> b n (h d)")))
-
-
-def visible_by_loop(h: int, w: int, count: int) -> torch.Tensor:
-    """`scott_sparse.model.masks`' blocks for one image, rectangle by rectangle."""
-    visible = torch.zeros(h, w, dtype=torch.bool)
-    low, high = (math.log(ratio) for ratio in ASPECT_RANGE)
-    while (missing := count - int(visible.sum())) > 0:
-        for _ in range(64):
-            smallest = min(missing, MIN_BLOCK_AREA)
-            area, aspect = random.uniform(smallest, missing), math.exp(random.uniform(low, high))
-            height = min(max(round(math.sqrt(area * aspect)), 1), h)
-            width = min(max(round(math.sqrt(area / aspect)), 1), w)
-            top, left = random.randint(0, h - height), random.randint(0, w - width)
-            added = height * width - int(visible[top : top + height, left : left + width].sum())
-            if 0 < added <= missing:
-                visible[top : top + height, left : left + width] = True
-                break
-        else:
-            hidden = (~visible).flatten().nonzero()[:, 0]
-            visible.view(-1)[hidden[torch.randperm(len(hidden))[:missing]]] = True
-    return visible.flatten()
 
 
 def limits(device: torch.device, precision: str) -> dict[str, float]:

@@ -69,7 +69,7 @@ def train(recipe: Recipe, data: Data) -> tuple[Encoder, dict]:
     started = time.perf_counter()
     for step, (part,) in enumerate(track(load(batches, range(steps), workers=0, pin=False), total=steps)):
         set_schedules(optimizer, schedules, step)
-        context, _ = make_views(part.cuts, part.views, size=recipe.sides)
+        context, _ = make_views(part.crops, part.views, size=recipe.sides)
         rows = batch_indices(step, images=len(data.train), batch=recipe.batch_size, seed=recipe.seed)
         loss = F.cross_entropy(model(context[:, 0]), data.train.labels[rows])
         optimizer.zero_grad()

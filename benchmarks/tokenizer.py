@@ -10,6 +10,7 @@ milliseconds. `*` marks what `--engine auto` takes; "kept" is what the forward p
 pass.
 """
 
+import functools
 import json
 import platform
 import statistics
@@ -25,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from scott_sparse import SparseTokenizer, draw_visible
-from scott_sparse.model.engines import spconv as sparse
-from scott_sparse.model.engines.spconv import choose_engine, spconv_failure
+from scott_sparse.model.engines import ENGINES, choose_engine
+from scott_sparse.model.engines.spconv import SpConv, import_spconv, spconv_failure
 
 STEMS = {  # side, patch size, stem width, D, images
     "paper, 224 px": (224, 16, 64, 384, 8),
@@ -45,29 +46,22 @@ class Settings:
     json: Path | None = None
 
 
-class BlocksOf5(SparseTokenizer):
+class BlocksOf5(SpConv):
     """Pixel-unshuffle by 2 and spconv's own SubMConv2d: the 7x7 kernel is 4x4 blocks, padded with zeros to 5x5."""
 
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, engine="spconv", **options)
-        spconv = sparse._import_spconv()
-        self.layers = torch.nn.ModuleList()
-        for k, c in (kernel.shape[:2] for kernel in self.kernels):
-            self.layers.append(spconv.SubMConv2d(4 * c, k, 5, bias=False, algo=spconv.ConvAlgo.Native))
+    def conv_blocks(self, blocks, kernel, side):
+        weight = F.pad(kernel, (0, 0, 0, 1, 0, 1)).contiguous()
+        x = self.tensor(blocks.unflatten(0, (-1, side, side)))
+        return torch.func.functional_call(layer_of_5(weight.shape[-1], len(weight)), {"weight": weight}, (x,)).features
 
-    def adopt(self) -> None:
-        """Take the weights of `kernels`."""
-        for layer, kernel in zip(self.layers, self.kernels):
-            layer.weight.data = F.pad(sparse.fold_kernel(kernel.data), (0, 0, 0, 1, 0, 1)).contiguous()
 
-    def _spconv(self, images, active):
-        x = sparse.to_sparse(images, active)
-        for layer, pool in zip(self.layers, self.pools):
-            blocks, side = sparse.fold_blocks(x, active)
-            x = sparse.sparse_relu(layer(sparse._sparse_tensor(blocks, active, side)))
-            if pool:
-                x = sparse.sparse_max_blur_pool(x, active)
-        return x.features
+@functools.cache
+def layer_of_5(inputs: int, outputs: int) -> torch.nn.Module:
+    spconv = import_spconv()
+    return spconv.SubMConv2d(inputs, outputs, 5, bias=False, algo=spconv.ConvAlgo.Native)
+
+
+ENGINES["spconv 5x5"] = BlocksOf5
 
 
 def main() -> None:
@@ -87,17 +81,13 @@ def main() -> None:
 
 def forms(dim: int, patch: int, stem: int, device: torch.device) -> dict:
     """(tokenizer, precision) by name; one set of weights."""
-    names = ["dense", "tiles"] + ["spconv"] * (spconv_failure(str(device)) is None)
+    names = ["dense", "halo"] + ["spconv", "spconv 5x5"] * (spconv_failure(str(device)) is None)
     made = {name: SparseTokenizer(dim, patch_size=patch, stem_width=stem, engine=name) for name in names}
     for one in made.values():
         one.load_state_dict(made["dense"].state_dict())
     made["unmasked"] = made["dense"]
-    if "spconv" in made:
-        made["spconv 5x5"] = BlocksOf5(dim, patch_size=patch, stem_width=stem)
-        made["spconv 5x5"].load_state_dict(made["dense"].state_dict(), strict=False)
-        made["spconv 5x5"].adopt()
     found = {name: (one.to(device), "fp32") for name, one in made.items()}
-    return found | {f"{name} bf16": (made[name].to(device), "bf16") for name in ("dense", "tiles", "unmasked")}
+    return found | {f"{name} bf16": (made[name].to(device), "bf16") for name in ("dense", "halo", "unmasked")}
 
 
 def measure(name: str, share: float, repeats: int, device: torch.device) -> dict:

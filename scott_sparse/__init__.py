@@ -7,7 +7,7 @@ means: `visible`, `hidden = ~visible`. Reading order: masks, sparse, tokenizer, 
 
 from scott_sparse.model.jepa import MIMJEPA, ObjectiveConfig
 from scott_sparse.model.masks import draw_visible
-from scott_sparse.model.tokenizer import PatchEmbed, SparseTokenizer
+from scott_sparse.model.tokenizer import PatchTokenizer, SparseTokenizer
 from scott_sparse.model.vit import SIZES, Encoder, EncoderConfig, Predictor
 from scott_sparse.model.weights import from_paper_checkpoint, load_encoder, save_encoder
 
@@ -17,7 +17,7 @@ __all__ = [
     "Encoder",
     "EncoderConfig",
     "ObjectiveConfig",
-    "PatchEmbed",
+    "PatchTokenizer",
     "Predictor",
     "SparseTokenizer",
     "draw_visible",

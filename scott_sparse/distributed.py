@@ -7,7 +7,7 @@ function stays here. Where there is one process, or nothing is sharded, everythi
 import os
 import platform
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed
@@ -15,6 +15,9 @@ from torch import nn
 
 from scott_sparse.cli import UserErrors
 from scott_sparse.shapes import Float, Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -63,7 +66,7 @@ def on_all_processes(act: Callable[[], T]) -> T:
         result, mistake = act(), None
     except (ValueError, OSError) as error:
         result, mistake = None, error
-    messages: list[str | None] = [None] * world_size()
+    messages: list = [None] * world_size()
     if world_size() > 1:
         message = mistake and f"process {rank()} on {platform.node()}: {mistake}"
         torch.distributed.all_gather_object(messages, message)
@@ -97,14 +100,14 @@ class _AllReduce(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
         total = gradient.contiguous().clone()
         torch.distributed.all_reduce(total)
         return total
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, asked without importing its module, which takes half a second."""
+def is_sharded(tensor: Tensor) -> TypeGuard["DTensor"]:
+    """Whether a tensor is a DTensor, found without importing its module, which takes half a second."""
     return hasattr(tensor, "full_tensor")
 
 
@@ -120,8 +123,8 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
 
 def shard_like(tensor: Tensor, model: Tensor) -> Tensor:
     """This process's part of a tensor that all processes have, as `model` is sharded."""
-    if not is_sharded(model):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
+    if is_sharded(model):
+        from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
+        return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
+    return tensor

@@ -12,6 +12,8 @@ import pytest  # noqa: E402 - after the environment, which is read on import
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from scott_sparse import EncoderConfig  # noqa: E402
+
 for folder in ("train", "eval", "benchmarks"):  # scripts import their neighbours, as they do when run
     sys.path.insert(0, str(ROOT / folder))
 
@@ -19,12 +21,14 @@ DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 # A run of a second, by the recipe small-data unless told otherwise. Flags that a test gives after these win.
 TINY_RUN = ["--size", "demo", "--stem-width", 8, "--image-size", 32, "--batch-size", 8, "--crops", 2, "--colour", 0.6]
 TINY_RUN += ["--epochs", 2, "--report-every", 0]
+TINY = EncoderConfig(dim=32, depth=2, heads=4, patch_size=16, stem_width=8, registers=2)
 torch.backends.cudnn.allow_tf32 = False  # parity is asked for to more digits than TF32 has
 
 
 def pytest_sessionfinish():
     for file in (ROOT / ".cache").rglob("*.images*"):
-        file.unlink()
+        if not file.name.startswith("petals-"):
+            file.unlink()
 
 
 @pytest.fixture(autouse=True)

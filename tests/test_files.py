@@ -17,7 +17,7 @@ from scott_sparse.files import MAX_JSON_BYTES, read_json
 from scott_sparse.model.weights import CONFIG, WEIGHTS
 from scott_sparse.training.checkpoint import PARTS, check, newest_valid, save_checkpoint
 
-TINY = EncoderConfig(dim=8, depth=1, heads=2, patch_size=4, stem_width=4)
+TINY = EncoderConfig(dim=8, depth=1, heads=2, patch_size=4, stem_width=4, ffn="mlp")  # small files to fuzz
 FUZZ = settings(
     deadline=None, database=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

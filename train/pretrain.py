@@ -18,17 +18,19 @@ import sys
 import torch
 
 from scott_sparse.cli import exit_on_user_error, exit_with_error
+from scott_sparse.data.batches import Batch
 from scott_sparse.data.views import make_views
 from scott_sparse.distributed import full_tensor
 from scott_sparse.evaluation.report import draw_tokens, knn_on_val, knn_table
 from scott_sparse.model.jepa import make_target, target_features, update_target
 from scott_sparse.model.vit import Encoder
-from scott_sparse.randomness import seed_at
+from scott_sparse.shapes import Tensor
+from scott_sparse.training.accumulation import cache_pooled, seed_dropout
 from scott_sparse.training.log import Log
 from scott_sparse.training.monitor import OnlineReport
 from scott_sparse.training.optim import adamw, nonfinite_flag, poison_if_nonfinite, set_schedules
 from scott_sparse.training.resume import TOKENS
-from scott_sparse.training.run import Run, RunFailed, directions_at, open_run, tune_allocator
+from scott_sparse.training.run import Run, RunFailed, open_run, projections_at, tune_allocator
 from scott_sparse.training.saver import EXIT_RESUME, Interrupted, Saver
 
 
@@ -71,6 +73,13 @@ def train(run: Run, target: Encoder) -> dict:
     if recipe.tracker:
         accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start}})
 
+    def inputs(part: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """A micro-batch on the device: context images, target images, and which patches are visible."""
+        with log.input_time():
+            crops = part.crops.to(device, non_blocking=True)
+            context, target_images = make_views(crops, part.views, size=recipe.sides)
+            return context, target_images, part.visible.to(device, non_blocking=True)
+
     model.train()
     batches = run.batches(range(start, schedules.total_steps))
     nonfinite = torch.zeros((), device=device)
@@ -81,26 +90,26 @@ def train(run: Run, target: Encoder) -> dict:
             with log.input_time():
                 parts = next(batches)
             set_schedules(optimizer, schedules, step)
-            torch.manual_seed(seed_at(recipe.seed, "dropout", step, accelerator.process_index))
-            directions = directions_at(recipe, step, device)
-            losses = []
+            projections = projections_at(recipe, step, device)
+            losses, cached = [], None
+            if recipe.accumulate > 1 and recipe.objective.cross_crop_weight:  # compares images of all micro-batches
+                seen = ((context, visible) for context, _, visible in map(inputs, parts))
+                cached = cache_pooled(model, seen, accelerator, seed=recipe.seed, step=step)
             for number, part in enumerate(parts):
-                with log.input_time():
-                    cuts = part.cuts.to(device, non_blocking=True)
-                    context, target_images = make_views(cuts, part.views, size=recipe.sides)
-                visible = part.visible.to(device, non_blocking=True)
+                context, target_images, visible = inputs(part)
+                seed_dropout(recipe.seed, step, accelerator.process_index, number)
 
                 # 1. Target: the target encoder sees the whole of each image's first crop.
                 targets = None
-                if recipe.objective.mim:
+                if recipe.objective.mim_weight:
                     with accelerator.autocast():
-                        targets = target_features(target, target_images, blocks=recipe.objective.target_blocks)
+                        targets = target_features(target, target_images)
 
                 # 2. Predict: the context encoder sees the visible patches, the predictor predicts the hidden ones.
                 last = number == recipe.accumulate - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
                     with accelerator.autocast():  # Accelerate wraps the model in it, but not one that is sharded
-                        terms = model(context, visible, targets, directions)
+                        terms = model(context, visible, targets, projections, cached=cached, number=number)
                     accelerator.backward(poison_if_nonfinite(terms["loss"]))
                 losses.append({key: value.detach() for key, value in terms.items()})
 

@@ -1,51 +1,54 @@
-"""Published sets by name: through torchvision, elpv-dataset and Hugging Face datasets.
+"""Published data sets by name, through torchvision, elpv-dataset and Hugging Face datasets.
 
-torchvision downloads a set where the network allows; otherwise one line says which files to put where.
+torchvision downloads a missing set if the network allows; otherwise the error says which files to put where.
 """
 
-import bisect
+import functools
 import importlib.util
 import inspect
 import io
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scott_sparse.data.sources import Source, from_files, ranges, walk
+from torch.utils.data import ConcatDataset
+
+from scott_sparse.data.decode import Picture
+from scott_sparse.data.sources import Source, image_files, split_ranges, split_source
 
 
-class Named(NamedTuple):
-    dataset: str  # its class in torchvision.datasets
-    splits: dict[str, dict[str, Any]]  # our name of a split: the arguments that ask for it
+class Published(NamedTuple):
+    dataset: str  # class name in torchvision.datasets
+    splits: dict[str, dict[str, Any]]  # name of a split here: arguments of the class that select it
     folder: str  # where torchvision keeps it, under --data-root
-    contents: str
+    contents: str  # what that folder holds
 
 
-def _by_name(*names: str, **renamed: str) -> dict[str, dict[str, Any]]:
+def _splits(*names: str, **renamed: str) -> dict[str, dict[str, Any]]:
     return {name: {"split": renamed.get(name, name)} for name in (*names, *renamed)}
 
 
-_BY_FLAG = {"train": {"train": True}, "test": {"train": False}}
+_TRAIN_FLAG = {"train": {"train": True}, "test": {"train": False}}
 _IMAGENETTE = {"train": {"split": "train", "size": "320px"}, "test": {"split": "val", "size": "320px"}}
-_TRAIN_VAL_TEST = _by_name("train", "val", "test")
-NAMED = {
-    "flowers102": Named("Flowers102", _TRAIN_VAL_TEST, "flowers-102", "jpg/, imagelabels.mat and setid.mat"),
-    "pets37": Named("OxfordIIITPet", _by_name("test", train="trainval"), "oxford-iiit-pet", "images/ and annotations/"),
-    "imagenette": Named("Imagenette", _IMAGENETTE, "imagenette2-320", "train/ and val/"),
-    "cifar10": Named("CIFAR10", _BY_FLAG, "cifar-10-batches-py", "data_batch_1 to _5, test_batch, batches.meta"),
-    "cifar100": Named("CIFAR100", _BY_FLAG, "cifar-100-python", "train, test and meta"),
-    "stl10": Named("STL10", _by_name("train", "test", unlabelled="unlabeled"), "stl10_binary", "the .bin files"),
-    "food101": Named("Food101", _by_name("train", "test"), "food-101", "images/ and meta/"),
-    "aircraft": Named("FGVCAircraft", _TRAIN_VAL_TEST, "fgvc-aircraft-2013b", "data/"),
-    "dtd": Named("DTD", _TRAIN_VAL_TEST, "dtd", "dtd/images/, dtd/labels/ and dtd/imdb/"),
-    "eurosat": Named("EuroSAT", {"train": {}}, "eurosat", "2750/ with a folder per class"),
-    "fashion-mnist": Named("FashionMNIST", _BY_FLAG, "FashionMNIST", "raw/ with the four idx files"),
+_TRAIN_VAL_TEST = _splits("train", "val", "test")
+_TRAINVAL_TEST = _splits("test", train="trainval")
+TORCHVISION_SETS = {
+    "flowers102": Published("Flowers102", _TRAIN_VAL_TEST, "flowers-102", "jpg/, imagelabels.mat and setid.mat"),
+    "pets37": Published("OxfordIIITPet", _TRAINVAL_TEST, "oxford-iiit-pet", "images/ and annotations/"),
+    "imagenette": Published("Imagenette", _IMAGENETTE, "imagenette2-320", "train/ and val/"),
+    "cifar10": Published("CIFAR10", _TRAIN_FLAG, "cifar-10-batches-py", "data_batch_1 to _5, test_batch, batches.meta"),
+    "cifar100": Published("CIFAR100", _TRAIN_FLAG, "cifar-100-python", "train, test and meta"),
+    "stl10": Published("STL10", _splits("train", "test", unlabelled="unlabeled"), "stl10_binary", "the .bin files"),
+    "food101": Published("Food101", _splits("train", "test"), "food-101", "images/ and meta/"),
+    "aircraft": Published("FGVCAircraft", _TRAIN_VAL_TEST, "fgvc-aircraft-2013b", "data/"),
+    "dtd": Published("DTD", _TRAIN_VAL_TEST, "dtd", "dtd/images/, dtd/labels/ and dtd/imdb/"),
+    "eurosat": Published("EuroSAT", {"train": {}}, "eurosat", "2750/ with a folder per class"),
+    "fashion-mnist": Published("FashionMNIST", _TRAIN_FLAG, "FashionMNIST", "raw/ with the four idx files"),
 }
 
-# Two sets of 100 ImageNet classes go by one name; 8 classes are in both.
+# Two sets of 100 ImageNet classes are called ImageNet-100; 8 classes are in both.
 IMAGENET100 = {
-    # The usual list: Contrastive Multiview Coding (arXiv 1906.05849), imagenet100.txt of its code.
+    # The common list: Contrastive Multiview Coding (arXiv 1906.05849), imagenet100.txt of its code.
     "imagenet100": """
         n01558993 n01692333 n01729322 n01735189 n01749939 n01773797 n01820546 n01855672 n01978455 n01980166 n01983481
         n02009229 n02018207 n02085620 n02086240 n02086910 n02087046 n02089867 n02089973 n02090622 n02091831 n02093428
@@ -73,93 +76,95 @@ IMAGENET100 = {
     """,
 }
 
-
-PUBLISHED = ("elpv", *IMAGENET100, *NAMED)
+PUBLISHED = ("elpv", *IMAGENET100, *TORCHVISION_SETS)
 
 
 def published_source(name: str, *, root: Path) -> Source:
-    """The set called `name`, one of PUBLISHED or hf:OWNER/NAME; files lie in, or are downloaded to, folders of `root`.
+    """The data set `name`, one of PUBLISHED or hf:OWNER/NAME, whose files lie in, or are downloaded to, `root`.
 
-    Raises ValueError, naming the remedy, where it is not there and cannot be fetched.
+    Raises ValueError, saying what to do, if the set is not there and cannot be downloaded.
     """
-    if name in NAMED:
+    if name in TORCHVISION_SETS:
         return _torchvision(name, root)
     if name in IMAGENET100:
         return _imagenet100(name, root)
     return _elpv() if name == "elpv" else _hugging_face(name.removeprefix("hf:"))
 
 
-def _imagenet100(data: str, root: Path) -> Source:
-    wanted = IMAGENET100[data].split()
-    folders = (root / data, root / "imagenet")
+def _imagenet100(name: str, root: Path) -> Source:
+    wnids = IMAGENET100[name].split()
+    folders = (root / name, root / "imagenet")
     for folder in folders:
-        if all((folder / split / wnid).is_dir() for split in ("train", "val") for wnid in wanted):
-            found = {
-                split: [file for wnid in wanted for file in walk(folder / split / wnid)] for split in ("train", "val")
-            }
-            return from_files(folder, found)
+        parts = {split: [folder / split / wnid for wnid in wnids] for split in ("train", "val")}
+        if all(part.is_dir() for split in parts.values() for part in split):
+            files = {split: [file for part in parts[split] for file in image_files(part)] for split in parts}
+            return split_source(folder, files)
     raise ValueError(
-        f"--data {data} needs train/ and val/, each with the 100 folders {wanted[0]} ... {wanted[-1]} of ImageNet, in "
+        f"--data {name} needs train/ and val/, each with the 100 folders {wnids[0]} ... {wnids[-1]} of ImageNet, in "
         f"{folders[0]} or {folders[1]}; put them there or name another --data-root."
     )
 
 
-def _torchvision(data: str, root: Path) -> Source:
+def _torchvision(name: str, root: Path) -> Source:
     from torchvision import datasets
 
-    named = NAMED[data]
-    dataset = getattr(datasets, named.dataset)
-    loader = {"loader": Path} if "loader" in inspect.signature(dataset).parameters else {}  # a path is not opened
+    published = TORCHVISION_SETS[name]
+    dataset = getattr(datasets, published.dataset)
+    # Sets of files take a function that opens a path: this one returns the path, so that no picture is decoded here.
+    loader = {"loader": Path} if "loader" in inspect.signature(dataset).parameters else {}
 
     def open_splits(*, download: bool) -> dict[str, Any]:
-        return {name: dataset(root, download=download, **loader, **split) for name, split in named.splits.items()}
+        return {split: dataset(root, download=download, **loader, **of) for split, of in published.splits.items()}
 
     try:
         parts = open_splits(download=False)
-    except RuntimeError:  # torchvision's way to say that files are missing or not as published
+    except RuntimeError:  # torchvision's error for files that are missing or have another checksum
         try:
             parts = open_splits(download=True)
         except (RuntimeError, OSError) as error:
             raise ValueError(
-                f"--data {data} is not whole in {root / named.folder} and cannot be downloaded ({error}); put there "
-                f"{named.contents}, or name another --data-root."
+                f"--data {name} is not complete in {root / published.folder} and cannot be downloaded ({error}); put "
+                f"there {published.contents}, or name another --data-root."
             ) from None
+    splits, classes = split_ranges(parts), parts["train"].classes
     if loader:
-        pictures, labels = (list(column) for column in zip(*(example for part in parts.values() for example in part)))
-    elif data == "pets37":  # files, but its class takes no loader
-        pictures = [path for part in parts.values() for path in part._images]
-        labels = [label for part in parts.values() for label in part._labels]
-    else:
-        pictures = Column(list(parts.values()), lambda example: example[0])
-        targets = (part.targets if hasattr(part, "targets") else part.labels for part in parts.values())
-        labels = [int(label) for part in targets for label in part]
-    kept = (path for path in sorted((root / named.folder).rglob("*")) if path.is_file())
-    files = pictures if isinstance(pictures, list) else list(kept)
-    return _published(pictures, labels, ranges(parts), parts["train"].classes, files, root)
+        files, labels = (list(column) for column in zip(*(example for part in parts.values() for example in part)))
+    elif name == "pets37":  # a set of files whose class takes no loader
+        files, labels = ([x for part in parts.values() for x in getattr(part, of)] for of in ("_images", "_labels"))
+    else:  # arrays in memory
+        columns = (part.targets if hasattr(part, "targets") else part.labels for part in parts.values())
+        labels = [int(label) for column in columns for label in column]
+        picture = functools.partial(_first, ConcatDataset(parts.values()))
+        files = [path for path in sorted((root / published.folder).rglob("*")) if path.is_file()]
+        return _source(labels, splits, classes, files, picture=picture)
+    return _source(labels, splits, classes, files, root=root)
 
 
 def _elpv() -> Source:
-    """Electroluminescence of solar cells; the class is the probability, in per cent, that the cell is defective."""
+    """Electroluminescence images of solar cells; the class is the probability in per cent that a cell is defective."""
     package = importlib.util.find_spec("elpv_dataset")
-    if package is None:
+    if package is None or not package.submodule_search_locations:
         raise ValueError("--data elpv needs the package elpv-dataset: pip install elpv-dataset.")
     root = Path(package.submodule_search_locations[0], "data")
     rows = [line.split() for line in (root / "labels.csv").read_text().splitlines() if line]
-    found = sorted({float(probability) for _, probability, _ in rows})
-    labels = [found.index(float(probability)) for _, probability, _ in rows]
+    probabilities = [float(probability) for _, probability, _ in rows]
+    levels = sorted(set(probabilities))
+    labels = [levels.index(probability) for probability in probabilities]
     files = [root / name for name, _, _ in rows]
-    return _published(files, labels, {"train": range(len(files))}, [f"{100 * p:.0f} %" for p in found], files, root)
+    classes = [f"{100 * level:.0f} %" for level in levels]
+    return _source(labels, {"train": range(len(files))}, classes, files, root=root)
 
 
 def _hugging_face(name: str) -> Source:
-    """The image column and, where there is one, the class column of a data set in the Hub's formats."""
+    """The image column and, if there is one, the class column of a data set in a format of the Hugging Face Hub."""
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError:
         raise ValueError(f"--data hf:{name} needs the package datasets: pip install datasets.") from None
     try:
-        loaded = datasets.load_dataset(name)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        loaded: Any = datasets.load_dataset(name)
+    except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(f"--data hf:{name} cannot be loaded: {error}") from None
     features = loaded["train"].features if "train" in loaded else {}
     images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
@@ -169,54 +174,50 @@ def _hugging_face(name: str) -> Source:
             f"--data hf:{name} has the splits {', '.join(loaded)}, and in train the columns {', '.join(features)}; "
             "expected a split train with a column of images."
         )
-    label = "label" if "label" in labels else labels[0] if labels else None
-    ours = {"validation": "val", "valid": "val", "dev": "val", "unsupervised": "unlabelled", "unlabeled": "unlabelled"}
+    image, label = images[0], "label" if "label" in labels else labels[0] if labels else None
+    renamed = {"validation": "val", "valid": "val", "dev": "val"}
+    renamed |= {"unsupervised": "unlabelled", "unlabeled": "unlabelled"}
     parts = {}
     for split, part in loaded.items():
-        split = ours.get(split, split)
-        if split == "test" and label and max(part[label]) < 0:  # a contest's hidden labels
+        split = renamed.get(split, split)
+        if split == "test" and label and max(part[label]) < 0:  # the hidden labels of a challenge
             split = "unlabelled"
         if split in ("train", "val", "test", "unlabelled"):
             parts[split] = part
-    as_bytes = datasets.Image(decode=False)
-    encoded = [part.select_columns(images[0]).cast_column(images[0], as_bytes) for part in parts.values()]
-    return _published(
-        Column(encoded, lambda row: _encoded(row[images[0]])),
-        [x for part in parts.values() for x in part[label]] if label else None,
-        ranges(parts),
-        features[label].names if label else None,
-        [Path(file["filename"]) for part in parts.values() for file in part.cache_files],
-        Path(),
-    )
+    encoded = [part.select_columns(image).cast_column(image, datasets.Image(decode=False)) for part in parts.values()]
+    picture = functools.partial(_encoded, ConcatDataset(encoded), image)
+    column = [x for part in parts.values() for x in part[label]] if label else None
+    classes = features[label].names if label else None
+    files = [Path(file["filename"]) for part in parts.values() for file in part.cache_files]
+    return _source(column, split_ranges(parts), classes, files, picture=picture)
 
 
-def _encoded(image: dict[str, Any]) -> io.BytesIO | Path:
+def _first(examples: ConcatDataset[Any], i: int) -> Picture:
+    return examples[i][0]
+
+
+def _encoded(examples: ConcatDataset[Any], column: str, i: int) -> Picture:
+    image = examples[i][column]
     return io.BytesIO(image["bytes"]) if image["bytes"] else Path(image["path"])
 
 
-def _published(pictures, labels, splits, classes, files, root: Path) -> Source:
-    if isinstance(pictures, list):
-        names = [path.relative_to(root).as_posix() for path in pictures]
+def _source(
+    labels: list[int] | None,
+    splits: Mapping[str, range],
+    classes: Sequence | None,
+    files: list[Path],
+    *,
+    root: Path | None = None,
+    picture: Callable[[int], Picture] | None = None,
+) -> Source:
+    """A source whose pictures are the files, which lie below `root`, or are what `picture` returns."""
+    if root is not None:
+        names = [file.relative_to(root).as_posix() for file in files]
     else:
         names = [f"{split}/{i}" for split, part in splits.items() for i in range(len(part))]
-    if labels and max(labels) >= len(classes):  # a part of a set: classes are numbered as in the whole, named as here
+    if labels and classes and max(labels) >= len(classes):  # part of a set: labels of the whole, names of the part
         present = sorted(set(labels))
         labels = [present.index(label) for label in labels]
-    if classes:  # Imagenette's have several names each
-        classes = tuple(name if isinstance(name, str) else name[0] for name in classes)
-    return Source(pictures, names, labels, splits, classes, files)
-
-
-class Column(Sequence):
-    """One thing about each example of several data sets, laid one behind the other, looked up when asked for."""
-
-    def __init__(self, parts: Sequence[Any], look: Callable[[Any], Any]):
-        self.parts, self.look = parts, look
-        self.ends = list(accumulate(len(part) for part in parts))
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def __getitem__(self, i: int):
-        part = bisect.bisect_right(self.ends, i)
-        return self.look(self.parts[part][i - (self.ends[part] - len(self.parts[part]))])
+    # Classes of Imagenette have several names each.
+    class_names = tuple(name if isinstance(name, str) else name[0] for name in classes) if classes else None
+    return Source(picture or files.__getitem__, names, labels, splits, class_names, files)

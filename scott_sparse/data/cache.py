@@ -1,23 +1,24 @@
-"""Decode once: every picture of a source as uint8 in one memory-mapped file, shared by all processes of a machine.
+"""Decode a data set once, into one memory-mapped file of uint8 pixels that all processes of a machine share.
 
-A file in the cache folder is the pixels of the readable pictures one behind the other (each h x w x 3), then the
-index (safetensors), then a trailer with the index's length and digest. It is written beside and renamed, under a lock
-that dies with its owner. A file is used only if trailer, index, sampled pixels and fingerprint fit, else it is made
-anew; the fingerprint covers the settings and the name, size and time of every file.
+A cache file holds the pixels of the readable pictures one after the other (each h x w x 3), then the index
+(safetensors), then a trailer with the length and digest of the index. It is written under another name and renamed,
+under a file lock that ends with its process. A file is used only if trailer, index, sampled pixels and fingerprint are
+as expected; otherwise it is replaced. The fingerprint covers the settings and the name, size and time of every file.
 
-The pages of a mapped file are the page cache's: a set that fits in memory is in memory, once for all processes.
+Mapped pages are in the page cache of the kernel: a data set that fits in memory is there once, for all processes.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
 import struct
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import PIL
@@ -27,69 +28,62 @@ from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load, save
 
-from scott_sparse.data.decode import Unreadable, decode
+from scott_sparse.data.decode import Unreadable, decode, pixel_digest, prepare_pillow
+from scott_sparse.data.images import Images
 from scott_sparse.data.sources import Source
 from scott_sparse.distributed import cpu_count
 from scott_sparse.files import open_atomically
 from scott_sparse.shapes import Int, Tensor
 
-FORMAT = 1  # part of every fingerprint; raise it whenever a decoded pixel or the layout of the file changes
+CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "scott_sparse"
+FORMAT = 1  # part of every fingerprint: raise it whenever a decoded pixel or the layout of the file changes
 TRAILER = struct.Struct("<Q16s8s")  # length and digest of the index, then MAGIC
 MAGIC = b"scottpix"
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """The pictures of a source as uint8 RGB."""
-
-    read: Callable[[int], np.ndarray]
-    """Picture i, (h, w, 3)."""
-    sizes: Int[Tensor, "n 2"]
-    """Height and width; 0, 0 where a picture cannot be read."""
-    digests: Int[Tensor, " n"]
-    """64 bits of a hash of each picture's pixels."""
-    unreadable: dict[int, str]
-    """Pictures that cannot be read, and why."""
-
-
 def decode_once(
-    source: Source, *, title: str, short_side: int, keep_pixels: bool, folder: Path, read_ahead: int
-) -> Decoded:
-    """Decode a source, or find it decoded in `folder`; shorter sides above `short_side` pixels are shrunk to it.
+    source: Source, *, title: str, short_side: int, keep_pixels: bool, folder: Path, read_ahead_bytes: int
+) -> tuple[Images, dict[int, str]]:
+    """Decode a source to a file in `folder`, or open that file; larger pictures are resized to `short_side` pixels.
 
-    Without `keep_pixels` only the index is kept (which pictures can be read, and their sizes), and `read` decodes.
-    Pixels of up to `read_ahead` bytes are read into memory at once, more are read when they are used.
+    Without `keep_pixels` the file holds the index only (sizes, digests, unreadable pictures), and `read` decodes again.
+    Up to `read_ahead_bytes` of pixels are read into memory at once; a larger file is read as its pixels are used.
+
+    Returns:
+        All pictures of the source, and by number why some cannot be read: these have size (0, 0).
 
     Raises:
-        ValueError: if the folder cannot be written or is full.
+        ValueError: if the cache file cannot be written, or the source cannot deliver a picture.
     """
+    prepare_pillow()  # before the threads that decode
     fingerprint = _fingerprint(source, short_side, keep_pixels)
     settings = _digest(repr((title, short_side, keep_pixels)).encode()).hex()[:8]
     path = folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', title)[-40:].strip('-')}-{short_side}-{settings}.images"
-    try:
+    try:  # an OSError of the source is not an OSError here: see `_decode_all`
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # of several processes one decodes, the others find its file
-            index = _open(path, fingerprint)
+        with FileLock(f"{path}.lock"):  # one process decodes, the others wait and then find its file
+            index = _read_index(path, fingerprint)
             if index is None:
                 _write(path, source, title, short_side, keep_pixels, fingerprint)
-                index = _open(path, fingerprint)
+                index = _read_index(path, fingerprint)
                 assert index is not None
     except OSError as error:
         raise ValueError(
             f"decoded images cannot be kept in {folder}: {error.strerror or error}; make room, name another "
             "--cache-dir, or decode anew in every epoch with --cache none."
         ) from None
-    about = json.loads(bytes(index["about"].tolist()))
-    sizes, length = index["sizes"], about["bytes"]
-    if keep_pixels and length <= read_ahead and hasattr(os, "posix_fadvise"):
+    sizes, digests, about = index
+    if keep_pixels and about["bytes"] <= read_ahead_bytes and hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, length, os.POSIX_FADV_WILLNEED)
-    read = Mapped(path, sizes) if keep_pixels else Streamed(source, short_side)
-    return Decoded(read, sizes, index["digests"], {int(i): reason for i, reason in about["unreadable"].items()})
+            os.posix_fadvise(file.fileno(), 0, about["bytes"], os.POSIX_FADV_WILLNEED)
+    read = MappedPixels(path, sizes) if keep_pixels else functools.partial(_decode_again, source, short_side)
+    labels = torch.tensor(source.labels) if source.labels else None
+    images = Images(read, torch.arange(len(sizes)), sizes, digests, labels, source.names)
+    return images, {int(i): reason for i, reason in about["unreadable"].items()}
 
 
-class Mapped:
-    """Reads pictures out of a cache file."""
+class MappedPixels:
+    """Reads pictures from a cache file; when it is pickled, the receiving process maps the file again."""
 
     def __init__(self, path: Path, sizes: Int[Tensor, "n 2"]):
         self.path, self.sizes = path, sizes
@@ -102,23 +96,17 @@ class Mapped:
         return self.pixels[start : start + 3 * h * w].reshape(h, w, 3)
 
     def __reduce__(self):
-        return Mapped, (self.path, self.sizes)  # another process maps the file anew
+        return MappedPixels, (self.path, self.sizes)
 
 
-class Streamed:
-    """Decodes pictures when they are asked for."""
-
-    def __init__(self, source: Source, short_side: int):
-        self.source, self.short_side = source, short_side
-
-    def __call__(self, i: int) -> np.ndarray:
-        try:
-            return decode(self.source.pictures[i], self.short_side).numpy()
-        except Unreadable as reason:
-            raise ValueError(f"{self.source.names[i]} could be read when the run began, and now: {reason}.") from None
+def _decode_again(source: Source, short_side: int, i: int) -> np.ndarray:
+    try:
+        return decode(source.picture(i), short_side).numpy()
+    except Unreadable as reason:
+        raise ValueError(f"{source.names[i]} could be read when the run began, and now: {reason}.") from None
 
 
-def _digest(data: bytes | np.ndarray) -> bytes:
+def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
@@ -130,89 +118,81 @@ def _fingerprint(source: Source, *settings: object) -> str:
         try:
             status = path.stat()
             stamp = status.st_size, status.st_mtime_ns
-        except OSError as error:  # a dangling link, say: its pictures are listed as unreadable
+        except OSError as error:  # for example a dangling link: its picture is listed as unreadable
             stamp = error.errno
         digest.update(repr(stamp).encode())
     return digest.hexdigest()
 
 
-def _open(path: Path, fingerprint: str) -> dict[str, Tensor] | None:
-    """The index of a whole and current file, None of any other."""
-    try:
-        with path.open("rb") as file:
-            end = file.seek(0, os.SEEK_END) - TRAILER.size
-            file.seek(max(end, 0))
-            length, digest, magic = TRAILER.unpack(file.read())
-            pixels = end - length
-            if magic != MAGIC or pixels < 0:
-                return None
-            file.seek(pixels)
-            index = file.read(length)
-            if _digest(index) != digest:
-                return None
-            index = load(index)
-            about = json.loads(bytes(index["about"].tolist()))
-            fits = about["bytes"] == pixels and about["fingerprint"] == fingerprint
-            return index if fits and about["sample"] == _sample(file, pixels) else None
-    except (FileNotFoundError, struct.error):
-        return None
+def _read_index(path: Path, fingerprint: str) -> tuple[Tensor, Tensor, dict] | None:
+    """Sizes, digests and further facts from a complete and current cache file; None for any other file."""
+    with contextlib.suppress(FileNotFoundError, struct.error), path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END) - TRAILER.size
+        file.seek(max(end, 0))
+        length, digest, magic = TRAILER.unpack(file.read())
+        pixels = end - length
+        if magic != MAGIC or pixels < 0:
+            return None
+        file.seek(pixels)
+        data = file.read(length)
+        if _digest(data) != digest:
+            return None
+        index = load(data)
+        about = json.loads(bytes(index["about"].tolist()))
+        current = about["bytes"] == pixels and about["fingerprint"] == fingerprint
+        if current and about["sample"] == _sample(file, pixels):
+            return index["sizes"], index["digests"], about
+    return None
 
 
-def _sample(file, length: int, blocks: int = 64, block: int = 4096) -> str:
-    """A digest of evenly spaced blocks: what a crash or a full disk tears is found without reading everything."""
+def _sample(file: IO[bytes], length: int, blocks: int = 64, block_bytes: int = 4096) -> str:
+    """Digest of evenly spaced blocks of the pixels: finds what a crash or a full disk tore without reading the file."""
     digest = hashlib.blake2b(digest_size=16)
     for i in range(blocks):
-        file.seek(i * max(length - block, 0) // (blocks - 1))
-        digest.update(file.read(min(block, length)))
+        file.seek(i * max(length - block_bytes, 0) // (blocks - 1))
+        digest.update(file.read(min(block_bytes, length)))
     return digest.hexdigest()
 
 
 def _write(path: Path, source: Source, title: str, short_side: int, keep_pixels: bool, fingerprint: str) -> None:
-    """Decode all, on all cores, into a neighbour of `path`, then rename it."""
-    total = len(source.pictures)
+    total = len(source.names)
     sizes, digests = torch.zeros(total, 2, dtype=torch.int64), torch.zeros(total, dtype=torch.int64)
     unreadable = {}
+    bar = {"description": f"decoding {title}", "console": Console(stderr=True), "transient": True}
     with open_atomically(path, locked=True) as file:
-        pictures = track(
-            _decode_all(source, short_side),
-            description=f"decoding {title}",
-            total=total,
-            console=Console(stderr=True),
-            transient=True,
-        )
-        for i, picture in enumerate(pictures):
+        for i, picture in enumerate(track(_decode_all(source, short_side), total=total, **bar)):
             if isinstance(picture, str):
                 unreadable[i] = picture
                 continue
             pixels, digests[i] = picture
             sizes[i] = torch.tensor(pixels.shape[:2])
             if keep_pixels:
-                file.write(pixels)
+                file.write(pixels.data)
         length = file.tell()
         file.flush()
-        about = {"bytes": length, "fingerprint": fingerprint, "unreadable": unreadable}
-        about = json.dumps({**about, "sample": _sample(file, length)}).encode()
-        about = torch.frombuffer(bytearray(about), dtype=torch.uint8)
+        about = {"bytes": length, "fingerprint": fingerprint, "unreadable": unreadable, "sample": _sample(file, length)}
+        about = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
         index = save({"sizes": sizes, "digests": digests, "about": about})
         file.seek(length)
         file.write(index + TRAILER.pack(len(index), _digest(index), MAGIC))
 
 
 def _decode_all(source: Source, short_side: int) -> Iterator[tuple[np.ndarray, int] | str]:
-    """Pixels and digest of each picture, or why it cannot be read. In threads: Pillow works outside Python's lock."""
+    """Pixels and digest of each picture, or why it cannot be read; by threads, as Pillow releases Python's lock.
 
-    def read(i: int) -> tuple[np.ndarray, int] | str:
+    An OSError of the source is raised as a ValueError that names the picture, so that the cache is not blamed for it.
+    """
+
+    def decode_one(i: int) -> tuple[np.ndarray, int] | str:
         try:
-            pixels = decode(source.pictures[i], short_side).numpy()
+            pixels = decode(source.picture(i), short_side).numpy()
         except Unreadable as reason:
             return str(reason)
-        return pixels, int.from_bytes(_digest(pixels)[:8], signed=True)
+        except OSError as error:
+            raise ValueError(f"{source.names[i]} cannot be read: {error}") from error
+        return pixels, pixel_digest(pixels)
 
+    total, block = len(source.names), 32 * cpu_count()  # in blocks, as the writer may be slower than the decoders
     with ThreadPoolExecutor(cpu_count()) as pool:
-        waiting = deque()
-        for i in range(len(source.pictures)):  # a bounded window: the writer may be slower than the decoders
-            waiting.append(pool.submit(read, i))
-            if len(waiting) > 8 * cpu_count():
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        for start in range(0, total, block):
+            yield from pool.map(decode_one, range(start, min(start + block, total)))

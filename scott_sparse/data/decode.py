@@ -1,11 +1,12 @@
-"""One picture in, upright 8-bit RGB out, or a plain reason why not.
+"""Decode one picture to upright 8-bit RGB, or say in one line why it cannot be read.
 
-What a viewer shows is what is read: EXIF orientation is applied, transparency lies over white, 16-bit grey is scaled,
-of an animation the first frame counts.
+Pixels are those that an image viewer shows: EXIF orientation is applied, transparency is composited over white, 16-bit
+grey is scaled to 8 bits, and of an animation the first frame is taken.
 """
 
 import contextlib
-import errno
+import functools
+import hashlib
 import io
 import stat
 import warnings
@@ -17,52 +18,61 @@ from PIL import Image, ImageOps
 
 from scott_sparse.shapes import Tensor, UInt8
 
-# What collections of photos hold. Pillow knows others, some of which start a program (EPS) or fetch what they name.
-Image.init()
+Picture = Path | io.BytesIO | Image.Image
+# Formats of photo collections. Pillow knows others, some of which start a program (EPS) or fetch a URL.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-FORMATS = [name for name in FORMATS if name in Image.OPEN]
-MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow refuses more, and warns from half of it on
-
-# Of damaged EXIF blocks and large pictures. Not around each call: warning filters are shared by all threads.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+MAX_PICTURE_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow refuses more, and warns above half of it
 
 
 class Unreadable(ValueError):
-    """A picture that cannot be read; the message is the reason, one line without the path."""
+    """A picture cannot be read; the message is the reason in one line, without the path."""
 
 
-def decode(picture: Path | io.BytesIO | Image.Image, short_side: int) -> UInt8[Tensor, "h w 3"]:
-    """Read a picture; a shorter side above `short_side` pixels is shrunk to it (bicubic, antialiased).
+@functools.cache
+def prepare_pillow() -> tuple[str, ...]:
+    """Load Pillow's format plugins, silence its warnings, and return those of FORMATS that this build reads.
 
-    Raises:
-        Unreadable: for whatever is not an image that can be read from the first byte to the last.
+    The warnings are about damaged EXIF blocks and large pictures. Both changes affect the whole process, and warning
+    filters are not thread-safe: call this function before threads that decode are started.
     """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def decode(picture: Picture, short_side: int) -> UInt8[Tensor, "h w 3"]:
+    """Decode a picture; one whose shorter side exceeds `short_side` pixels is resized to it (bicubic, antialiased).
+
+    Raises Unreadable if the picture is not an image that can be decoded from the first byte to the last.
+    """
+    formats = prepare_pillow()
     try:
         if isinstance(picture, Path):
             _check_file(picture)
         if not isinstance(picture, Image.Image):
-            picture = Image.open(picture, formats=FORMATS)
+            picture = Image.open(picture, formats=formats)
         with picture:
             return _upright_rgb(picture, short_side)
     except Unreadable:
         raise
     except Image.DecompressionBombError:
-        raise Unreadable(f"more than {MOST_PIXELS // 10**6} million pixels: a decompression bomb") from None
+        raise Unreadable(f"more than {MAX_PICTURE_PIXELS // 10**6} million pixels: a decompression bomb") from None
     except Image.UnidentifiedImageError:
-        raise Unreadable(f"not an image in one of the formats {', '.join(FORMATS)}") from None
-    except Exception as error:  # On arbitrary bytes Pillow raises nearly anything; all of it is listed, none lost.
+        raise Unreadable(f"not an image in one of the formats {', '.join(formats)}") from None
+    except Exception as error:  # On arbitrary bytes Pillow raises nearly any exception; each is reported as the reason.
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise Unreadable(" ".join(reason.split())[:200] or type(error).__name__) from None
 
 
+def pixel_digest(pixels: np.ndarray) -> int:
+    """64 bits (a signed integer) of a BLAKE2b hash of an image's pixels."""
+    digest = hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16).digest()
+    return int.from_bytes(digest[:8], signed=True)
+
+
 def _check_file(path: Path) -> None:
-    """A pipe or a device would be waited for without end."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        raise Unreadable("no such file, or a link to none") from None
-    except OSError as error:
-        raise Unreadable("a link to itself" if error.errno == errno.ELOOP else error.strerror) from None
+    """Refuse what is not a regular file: reading a pipe or a device may never end."""
+    status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise Unreadable("not a regular file")
     if status.st_size == 0:
@@ -70,19 +80,19 @@ def _check_file(path: Path) -> None:
 
 
 def _upright_rgb(image: Image.Image, short_side: int) -> UInt8[Tensor, "h w 3"]:
-    image.draft("RGB", _at_least(image.size, short_side))  # JPEG: decode at 1/2, 1/4 or 1/8, not below this size
+    image.draft("RGB", _shrunk_size(image.size, short_side))  # JPEG: decode at 1/2, 1/4 or 1/8, not below this size
     image.load()
-    with contextlib.suppress(Exception):  # a damaged EXIF block says nothing of the orientation; the pixels are whole
+    with contextlib.suppress(Exception):  # a damaged EXIF block: the orientation is unknown, the pixels are intact
         image = ImageOps.exif_transpose(image)
     image = _rgb(image)
     if min(image.size) > short_side:
-        image = image.resize(_at_least(image.size, short_side), Image.Resampling.BICUBIC)
+        image = image.resize(_shrunk_size(image.size, short_side), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image))
 
 
-def _at_least(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+def _shrunk_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
     scale = short_side / min(size)
-    return tuple(max(round(side * scale), short_side) for side in size)
+    return max(round(size[0] * scale), short_side), max(round(size[1] * scale), short_side)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -1,40 +1,36 @@
-"""Petals: drawn flowers, to try self-supervised learning with nothing to download.
+"""Petals: a data set of drawn flowers, to try self-supervised learning without a download.
 
-The class of a flower is its geometry alone: how many petals, of which shape, in how many layers, around
-which centre. Colours, pose, light, background and clutter are drawn anew for every image: neither colours
-nor raw pixels give the class away, a look at the shape does. The mask comes from the very geometry that is
-painted.
+The class of a flower is its geometry alone: how many petals, of which shape, in how many layers, around which centre.
+Colours, pose, light, background and clutter are drawn at random for each image, so that neither colours nor raw pixels
+predict the class. The segmentation mask is computed from the geometry that is painted.
 
-Image `index` is a pure function of (seed, split, index): each of its random numbers is a hash of those
-three and of a slot number, never the state of a generator. All is computed in float64: the last bit of a
-sine depends on its place in a vector and on the machine, and in float64 that bit does not reach a byte of
-the image.
+Image `index` is a pure function of (seed, split, index): each of its random numbers is a hash of those three and of a
+slot number, without the state of a generator. Everything is computed in float64: the last bit of a sine depends on its
+place in a vector and on the machine, and in float64 that bit does not reach a byte of the image.
 
-Axes: n images, H W pixels. Lengths are in half image sides (an image is [-1, 1]^2), so that `size` changes
-only the sampling of a scene; inside a flower they are in flower radii. A shape is a `field`, negative
-inside.
+Axes: n images, H W pixels. Lengths are in half image sides (an image is [-1, 1]^2), so that `size` changes only the
+sampling of a scene; within a flower they are in flower radii. A shape is a `field`, negative inside the shape.
 """
 
+import functools
 import math
-import os
-import warnings
+import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from PIL import Image
 
-from scott_sparse.files import write_atomically
+from scott_sparse.data.sources import Source, split_ranges
 from scott_sparse.shapes import Float, Int, Tensor, UInt8
 
-VERSION = 1  # part of every cache file's name; raise it whenever a pixel changes
+VERSION = 1  # raise it whenever a pixel changes: cached flowers of another version are drawn again
 SPLITS = ("train", "val", "test")
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "scott_sparse"
+SPLIT_SIZES = {"train": 4000, "val": 1000, "test": 1000}
+CHUNK = 32  # flowers that are drawn together for the data set: a single one takes twice as long per flower
 
 COUNTS = (3, 4, 5, 6, 8)
-# name: exponent of the outline towards the tip and towards the base, 1 for elliptic or 0 for straight sides,
-#       widest point, largest half width, share of its sector a petal may fill there, depth of the tip's notch
+# name: exponents of the outline towards tip and base; 1 for elliptic, 0 for straight sides; place of the widest point;
+#       half width there; share of its sector that a petal may fill there; depth of the notch at the tip
 SHAPES = {
     "round": (2.0, 2.0, 1.0, 0.62, 0.40, 1.00, 0.0),
     "pointed": (1.3, 1.6, 0.0, 0.42, 0.27, 1.00, 0.0),
@@ -43,7 +39,7 @@ SHAPES = {
     "spoon": (2.0, 0.45, 1.0, 0.74, 0.25, 0.85, 0.0),
 }
 CENTRES = {"disc": (0.20, 0.0), "wide disc": (0.33, 0.0), "ring": (0.27, 0.15)}  # radius, its eye's radius
-# Layers and centre alternate along counts and shapes, so that classes next to each other there differ thrice.
+# Layers and centre alternate along counts and shapes, so that neighbouring classes differ in three properties.
 _DESIGN = [
     (count, shape, 1 + (c + s) % 2, (2 * c + s) % len(CENTRES))
     for s, shape in enumerate(SHAPES)
@@ -71,7 +67,7 @@ def _scramble(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
 
 
 class _Draws:
-    """Random numbers of n images, one slot after the other."""
+    """Random numbers of n images; each call takes the next slots."""
 
     def __init__(self, indices: Int[Tensor, " n"], split: str, seed: int):
         stream = _scramble(_scramble(torch.tensor(_signed(seed))) + 1 + SPLITS.index(split))
@@ -80,19 +76,19 @@ class _Draws:
         self.used = 0
 
     def bits(self, first: int, count: int) -> Int[Tensor, "n count"]:
-        """64 random bits for each slot from `first` on; the step of SplitMix64 is 2^64 / golden ratio."""
+        """64 random bits for each of `count` slots from `first` on; SplitMix64 steps by 2^64 / golden ratio."""
         slots = torch.arange(first + 1, first + count + 1)
         return _scramble(self.key[:, None] + slots * _signed(0x9E3779B97F4A7C15))
 
     def __call__(self, low: float, high: float, *count: int) -> Float[Tensor, "n ..."]:
-        """The next number in [low, high) of each image, (n, 1, 1); with a count, as many each, (n, count)."""
+        """A number in [low, high) for each image, (n, 1, 1), or `count` numbers for each, (n, count)."""
         first, self.used = self.used, self.used + math.prod(count)
         assert self.used <= self.uniform.shape[1]
         return low + (high - low) * self.uniform[:, first : self.used].reshape(-1, *(count or (1, 1)))
 
 
 def _colour(lightness: Tensor, chroma: Tensor, hue: Tensor) -> Float[Tensor, "n 3 1 1"]:
-    """sRGB, clipped to [0, 1], of OKLCh (Ottosson 2020, "A perceptual color space for image processing")."""
+    """OKLCh to sRGB clipped to [0, 1] (Ottosson 2020, "A perceptual color space for image processing")."""
     a, b = chroma * hue.cos(), chroma * hue.sin()
     long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
     medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
@@ -105,19 +101,19 @@ def _colour(lightness: Tensor, chroma: Tensor, hue: Tensor) -> Float[Tensor, "n 
 
 
 def _coverage(field: Float[Tensor, "n H W"], blur: float | Tensor = 0.0) -> Float[Tensor, "n H W"]:
-    """Share of each pixel inside, over .5 where its middle is; the edge is `blur` wide, at least a pixel."""
+    """Share of each pixel inside a shape (above 0.5 if its centre is); edges are `blur` wide, at least a pixel."""
     down, right = torch.gradient(field, dim=(1, 2))
     distance = field / (down.square() + right.square()).sqrt().clamp(min=1e-6)  # in pixels
     return (0.5 - distance / torch.as_tensor(blur * field.shape[-1] / 2).clamp(min=1)).clamp(0, 1)
 
 
 def _paint(image, colour, cover):
-    """Lay a colour over an image, both (n, 3, H or 1, W or 1), as the cover, (n, H, W), says."""
+    """Blend a colour over an image, both (n, 3, H or 1, W or 1), with the opacity `cover`, (n, H, W)."""
     return torch.lerp(image, colour, cover[:, None])
 
 
 def _leaf(x, y, tip_x, tip_y, angle, length, width):
-    """A lens from its tip along `angle`: its field and its shading (1: none), both (n, H, W)."""
+    """A lens-shaped leaf from its tip along `angle`: field and brightness factor, both (n, H, W)."""
     dx, dy = x - tip_x, y - tip_y
     along = (dx * angle.cos() + dy * angle.sin()) / length
     across = (dy * angle.cos() - dx * angle.sin()) / width
@@ -127,14 +123,15 @@ def _leaf(x, y, tip_x, tip_y, angle, length, width):
 
 
 def _layer(draw, u, v, polar, geometry, start, scale):
-    """One layer of petals; u, v, polar: place in the flower's plane; start: angle of the first petal.
+    """One layer of petals; u, v, polar: coordinates in the flower's plane; start: angle of the first petal.
 
-    Returns, all (n, H, W): the field; the place along the axis of a pixel's petal (0 base, 1 tip) and across
-    it (-1 .. 1); how near the next petal is (0 axis, 1 seam); cosine and sine of the axis; how light it is.
+    Returns, all (n, H, W): the field; the position along the axis of the pixel's petal (0 base, 1 tip) and across it
+    (-1 .. 1); the distance to the axis (0) relative to the seam with the next petal (1); cosine and sine of the axis;
+    the petal's brightness factor.
     """
     count, tip, base, roundness, widest, half_width, fill, notch = geometry
     turn = math.tau / count
-    # The petal whose axis is nearest owns the pixel: neighbours meet in a seam half-way between them.
+    # A pixel belongs to the petal whose axis is nearest: neighbours meet in a seam half-way between them.
     sector = (polar - start) / turn
     petal = sector.round().remainder(count).long()
 
@@ -154,7 +151,7 @@ def _layer(draw, u, v, polar, geometry, start, scale):
 
 
 def _background(draw, x, y, lightness) -> Float[Tensor, "n 3 H W"]:
-    """Two kindred colours mixed by a random wave pattern, clouds to stripes, and leaves out of focus."""
+    """Two similar colours mixed by a random wave pattern (clouds to stripes), and blurred leaves."""
     wave = 0
     for octave in range(4):
         angle, pace = draw(0.0, math.tau), draw(1.0, 3.0) * 1.5**octave
@@ -173,7 +170,7 @@ def _background(draw, x, y, lightness) -> Float[Tensor, "n 3 H W"]:
 
 
 def _flower(draw, image, x, y, radius, middle, geometry, lightness):
-    """Paint the flower over the image, (n, 3, H, W); returns that and the mask, (n, H, W)."""
+    """Paint the flower over the image, (n, 3, H, W); returns the image and the mask, (n, H, W)."""
     count, layers, disc, hole, *shape = geometry
     # Pose: a plane tilted about a random axis, in mild perspective, and turned; (u, v) are in flower radii.
     tilt_axis, tilt, spin = draw(0.0, math.tau), draw(0.0, 0.75), draw(0.0, math.tau)
@@ -196,7 +193,7 @@ def _flower(draw, image, x, y, radius, middle, geometry, lightness):
         towards_sun, past_sun = cos * sun.cos() + sin * sun.sin(), cos * sun.sin() - sin * sun.cos()
         shade = shade + curl * side.clamp(-1, 1) * past_sun + cup * (along - 0.5) * (1 + towards_sun) / 2
         shade = shade - vein * (0.5 + 0.5 * (9 * side).cos()) - seam * (4 * border - 3).clamp(0, 1)
-        # A soft shadow around the layer, on whatever lies beneath.
+        # A soft shadow of the layer on what lies beneath.
         image = image * (1 - present * 0.45 * torch.exp(-3 * field.clamp(min=0)))[:, None]
         cover = present * _coverage(field)
         image = _paint(image, petal * shade[:, None], cover)
@@ -215,7 +212,7 @@ def _flower(draw, image, x, y, radius, middle, geometry, lightness):
 
 
 def _scene(indices: Int[Tensor, " n"], split: str, seed: int, size: int):
-    """Images, (n, 3, H, W), and masks, (n, H, W), painted from back to front."""
+    """Images, (n, 3, H, W), and masks, (n, H, W), both uint8, painted from back to front."""
     draw = _Draws(indices, split, seed)
     geometry = _GEOMETRY[indices % len(CLASSES)].T[:, :, None, None]
     grid = (torch.arange(size, dtype=torch.float64) + 0.5) * (2 / size) - 1
@@ -245,7 +242,7 @@ def _scene(indices: Int[Tensor, " n"], split: str, seed: int, size: int):
     spread = (pixel - pixel[:, None]) * (72 / size)  # a standard deviation is 1/72 of the image side
     lens = torch.softmax(-0.5 * spread.square(), dim=1)
     image = torch.lerp(image, lens @ image @ lens.T, draw(0.0, 0.5)[:, None])
-    # Noise: for each pixel a slot behind those of `draw`, for each colour 21 of its 64 bits.
+    # Noise: for each pixel a slot after those of `draw`, for each channel 21 of its 64 bits.
     noise = draw.bits(256, size * size).view(-1, 1, size, size) >> torch.tensor([0, 21, 42])[:, None, None]
     image = image + draw(0.0, 0.07)[:, None] * ((noise & (1 << 21) - 1).double() * 2.0**-21 - 0.5)
     return (image.clamp(0, 1) * 255).round().to(torch.uint8), mask
@@ -254,69 +251,40 @@ def _scene(indices: Int[Tensor, " n"], split: str, seed: int, size: int):
 def render(
     indices: Sequence[int] | Int[Tensor, " n"], *, split: str, seed: int = 0, size: int = 64
 ) -> tuple[UInt8[Tensor, "n 3 side side"], UInt8[Tensor, "n side side"], Int[Tensor, " n"]]:
-    """Draw the flowers with these indices.
+    """Draw flowers by index (from 0): images, 0 to 255; masks, 0 background, 1 petals, 2 centre; labels.
 
-    The class of image `index` is `index % len(CLASSES)`. The same (seed, split, index) at another `size` is
-    the same picture at another resolution, but for the camera's noise.
-
-    Returns:
-        images, 0 .. 255; masks, 0 background or what hides the flower, 1 petals, 2 centre; labels.
-
-    Raises:
-        ValueError: unknown split, size below 16, or indices that are not a row of integers from 0 on.
+    `split` is one of SPLITS, `size` the side in pixels. The label of flower `index` is `index % len(CLASSES)`. The same
+    (seed, split, index) at another size is the same picture at another resolution, except for the noise of the camera.
     """
-    if split not in SPLITS:
-        raise ValueError(f"petals has no split {split!r}; choose one of {', '.join(SPLITS)}.")
-    if size < 16:
-        raise ValueError(f"petals of {size} pixels cannot be told apart; choose a size of 16 or more.")
-    indices = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices)).cpu()
-    if indices.ndim != 1 or (len(indices) and (indices.is_floating_point() or indices.min() < 0)):
-        raise ValueError(f"indices are a row of integers from 0 on, got {indices}; pass e.g. range(16).")
-    indices = indices.long()
+    indices = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices)).long()
+    assert split in SPLITS and size >= 16 and (indices >= 0).all(), (split, size, indices)
     images = torch.empty(len(indices), 3, size, size, dtype=torch.uint8)
     masks = torch.empty(len(indices), size, size, dtype=torch.uint8)
-    chunk = max(1, 2**17 // size**2)  # larger ones are slower: they outgrow the processor's cache
+    chunk = max(1, 2**17 // size**2)  # larger chunks are slower: they exceed the processor's cache
     for i in range(0, len(indices), chunk):
         images[i : i + chunk], masks[i : i + chunk] = _scene(indices[i : i + chunk], split, seed, size)
     return images, masks, indices % len(CLASSES)
 
 
-def petals(
-    split: str, count: int, *, seed: int = 0, size: int = 64, cache: Path | None = CACHE
-) -> tuple[UInt8[Tensor, "n 3 side side"], UInt8[Tensor, "n side side"], Int[Tensor, " n"]]:
-    """Flowers 0 .. count - 1 of a split, as `render` draws them, kept in a file in the folder `cache`.
-
-    A file that is torn, of another shape, or whose last flower is not what `render` draws today is drawn
-    anew; a folder that cannot be written costs a warning. `cache=None` neither reads nor writes.
-    """
-    if count < 1:
-        raise ValueError(f"petals needs a count of 1 or more, got {count}.")
-    *last, _ = render([count - 1], split=split, seed=seed, size=size)
-    path = cache and cache / f"petals-v{VERSION}-seed{seed}-{split}-{count}x{size}.safetensors"
-    kept = _read(path, count, *last) if path else None
-    if kept is None:
-        *kept, _ = render(range(count), split=split, seed=seed, size=size)
-        if path:
-            _write(path, *kept)
-    return *kept, torch.arange(count) % len(CLASSES)
+def petals_source(size: int) -> Source:
+    """The data set of SPLIT_SIZES flowers, `size` pixels a side, as published splits with labels."""
+    names = [f"v{VERSION}/{split}/{i}" for split, count in SPLIT_SIZES.items() for i in range(count)]
+    labels = [i % len(CLASSES) for count in SPLIT_SIZES.values() for i in range(count)]
+    splits = split_ranges({split: range(count) for split, count in SPLIT_SIZES.items()})
+    return Source(functools.partial(_picture, names, size), names, labels, splits, CLASSES, files=())
 
 
-def _read(path: Path, count: int, last_image: Tensor, last_mask: Tensor) -> list[Tensor] | None:
-    """Images and masks of a whole and current file, None of any other."""
-    try:
-        file = load_file(path)
-    except (OSError, SafetensorError):  # not there, or torn
-        return None
-    kept = [file.get("images", torch.empty(0)), file.get("masks", torch.empty(0))]
-    for rows, last in zip(kept, (last_image, last_mask)):
-        alike = rows.dtype == last.dtype and rows.shape == (count, *last.shape[1:])
-        if not alike or not rows[-1:].equal(last):
-            return None
-    return kept
+_DRAWING = threading.Lock()  # without it every thread that decodes would draw the same chunk
 
 
-def _write(path: Path, images: Tensor, masks: Tensor) -> None:
-    try:
-        write_atomically(path, save({"images": images, "masks": masks}))
-    except OSError as error:
-        warnings.warn(f"flowers not kept: {error}; pass a writable folder as cache, or None.", stacklevel=3)
+def _picture(names: Sequence[str], size: int, i: int) -> Image.Image:
+    _, split, index = names[i].split("/")
+    with _DRAWING:
+        chunk = _chunk(split, int(index) // CHUNK, size)
+    return Image.fromarray(chunk[int(index) % CHUNK])
+
+
+@functools.lru_cache(maxsize=16)
+def _chunk(split: str, number: int, size: int):
+    indices = range(number * CHUNK, (number + 1) * CHUNK)
+    return render(indices, split=split, size=size)[0].permute(0, 2, 3, 1).contiguous().numpy()

@@ -1,17 +1,15 @@
-"""Two differently coloured views of one crop, for a whole batch at once, on whichever device trains.
+"""Two differently coloured views of each crop, for a whole batch at once, on the device that trains.
 
-The context encoder and the target encoder must see the *same* region, else a token could not be asked to
-predict its counterpart; only their colours may differ. So each crop is one box and one flip, resampled once
-and then coloured twice.
+The context encoder and the target encoder must see the *same* region, so that a token can be asked to predict its
+counterpart; only their colours may differ. So each crop is one box and one flip, resized once and then coloured twice.
 
-Every random number comes from one CPU generator, for the global batch, before any pixel is touched
-(`draw_views`). A process applies its rows of that draw (`make_views`): views depend neither on the device nor
-on the number of processes.
+Every random number comes from one CPU generator, for the global batch, before any pixel is read (`draw_views`). A
+process applies its rows of that draw (`make_views`): views depend neither on the device nor on the number of processes.
 
-Axes: B images, V crops of each, K = 2 colourings of each crop (context, target), S = 6 colour steps; H W are
-the sides of the padded cuts, h w those of the view. A box is (top, left, height, width) in pixels of the image.
+Axes: B images, V crops of each, K = 2 colourings of each crop (context, target), S = 6 colour steps; H W are the sides
+of the padded crops, h w those of the views. A box is (top, left, height, width) in pixels of the image.
 
-Source: arXiv 2502.18056 for the recipe; torchvision's v2 transforms for what each operation means.
+Source: arXiv 2502.18056 for the recipe; torchvision's v2 transforms for the meaning of each operation.
 """
 
 import math
@@ -29,37 +27,44 @@ from scott_sparse.shapes import Bool, Float, Int, Tensor, UInt8
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-OPS = ("brightness", "contrast", "saturation", "hue", "grey", "blur")  # `Views.ops` holds indices into this
+OPS = ("brightness", "contrast", "saturation", "hue", "grey", "blur")  # `Views.ops` holds indices of this tuple
 IDLE = len(OPS)
 _, CONTRAST, SATURATION, HUE, GREY, _ = range(IDLE)
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, to torchvision's digits
-BLUR_RADIUS = 4  # kernel 9
+BLUR_RADIUS = 4  # pixels: a 9 x 9 kernel
 BOX_TRIES = 10
 
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """The distribution of views; the defaults are the paper's.
+    """How views are drawn at random; the defaults are those of the paper. Every field is a flag.
 
-    With probability `colour` a colouring applies, in random order, those of its three groups that come up:
-    jitter (`jitter_p`; its four parts in random order too), greyscale (`grey`) and Gaussian blur of kernel 9
-    (`blur`). Otherwise it leaves the crop as it is.
-
-    Raises:
-        ValueError: for a value outside its range, naming field, value and range.
+    Raises ValueError for a value outside its range, naming field, value and range.
     """
 
-    crops: int = 1  # V
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area, uniform
-    crop_ratio: Annotated[tuple[float, float], ADVANCED] = (3 / 4, 4 / 3)  # width / height, log-uniform
-    flip: float = 0.5  # probability
-    colour: float = 0.6  # probability
-    jitter: Annotated[tuple[float, float, float, float], ADVANCED] = (0.4, 0.4, 0.2, 0.1)  # as OPS
-    jitter_p: Annotated[float, ADVANCED] = 0.8  # probability
-    grey: Annotated[float, ADVANCED] = 0.1  # probability
-    blur: Annotated[float, ADVANCED] = 0.3  # probability
-    blur_sigma: Annotated[tuple[float, float], ADVANCED] = (0.1, 2.0)  # pixels, uniform
+    crops: int = 1
+    """Crops of each image, 1 or more. MIM-JEPA predicts the first; cross-crop terms compare all of them."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Smallest and largest area of a crop as a share of its image, in (0, 1]; drawn uniformly."""
+    crop_ratio: Annotated[tuple[float, float], ADVANCED] = (3 / 4, 4 / 3)
+    """Smallest and largest width / height of a crop before it is resized; drawn log-uniformly."""
+    flip: float = 0.5
+    """Probability, 0 to 1, that a crop is mirrored left to right."""
+    colour: float = 0.6
+    """Probability, 0 to 1, that the colours of a view are changed at all.
+    If so, jitter, greyscale and blur are each applied with their own probability, in random order."""
+    jitter: Annotated[tuple[float, float, float, float], ADVANCED] = (0.4, 0.4, 0.2, 0.1)
+    """Strength s of the jitter of brightness, contrast, saturation (0 to 1) and hue (0 to 0.5), as in ColorJitter:
+    factors are drawn from 1 - s to 1 + s, rotations of hue from -s to s of the circle."""
+    jitter_p: Annotated[float, ADVANCED] = 0.8
+    """Probability, 0 to 1, of jitter, given that the colours of a view are changed."""
+    grey: Annotated[float, ADVANCED] = 0.1
+    """Probability, 0 to 1, of greyscale, given that the colours of a view are changed."""
+    blur: Annotated[float, ADVANCED] = 0.3
+    """Probability, 0 to 1, of a Gaussian blur (9 x 9 kernel), given that the colours of a view are changed."""
+    blur_sigma: Annotated[tuple[float, float], ADVANCED] = (0.1, 2.0)
+    """Smallest and largest standard deviation of the blur, in pixels of the view; drawn uniformly."""
 
     def __post_init__(self):
         if self.crops < 1:
@@ -78,13 +83,11 @@ class ViewConfig:
 
 @dataclass(frozen=True)
 class Views:
-    """All that is random about a batch of views.
+    """All random choices of a batch of views; on the CPU, from which `make_views` sends what the device needs.
 
-    Step s of a colouring applies `OPS[ops[s]]`, or nothing for `IDLE`, with `amounts[s]`: the factor for
-    brightness, contrast and saturation; the turn for hue (1 is the full circle); sigma in pixels for blur; 0
-    for greyscale, which is saturation 0.
-
-    `make_views` reads them on the CPU, where they are drawn, and sends what the device needs.
+    Step s of a colouring applies `OPS[ops[s]]`, or nothing for `IDLE`, with `amounts[s]`: the factor for brightness,
+    contrast and saturation; the rotation for hue (1 is the full circle); sigma in pixels for blur; 0 for greyscale,
+    which is saturation 0.
     """
 
     boxes: Int[Tensor, "B V 4"]
@@ -93,15 +96,14 @@ class Views:
     amounts: Float[Tensor, "B V K S"]
 
     def __getitem__(self, rows: slice | Int[Tensor, " n"]) -> "Views":
-        """The views of some images only: a process's share of the global draw."""
+        """The views of some of the images, such as a process's share of the global draw."""
         return Views(self.boxes[rows], self.flip[rows], self.ops[rows], self.amounts[rows])
 
 
 def draw_views(sizes: Int[Tensor, "B 2"], config: ViewConfig, *, generator: torch.Generator) -> Views:
-    """Draw the views of the global batch; `sizes`: (height, width) of each image in pixels, on the CPU.
+    """Draw the views of the global batch; `sizes` are (height, width) of each image in pixels, on the CPU.
 
-    Raises:
-        ValueError: if an image has no pixels.
+    Raises ValueError if an image has no pixels.
     """
     empty = (sizes < 1).any(1)
     if empty.any():
@@ -113,7 +115,7 @@ def draw_views(sizes: Int[Tensor, "B 2"], config: ViewConfig, *, generator: torc
 
 
 def _draw_boxes(sizes: Int[Tensor, "B 2"], config: ViewConfig, *, generator: torch.Generator) -> Int[Tensor, "B V 4"]:
-    """torchvision's RandomResizedCrop: the first of ten candidates that fits, else a centred largest box."""
+    """As torchvision's RandomResizedCrop: the first of ten candidates that fits, else the largest centred box."""
     H, W = rearrange(sizes.double(), "b side -> side b 1 1")
     shape = (len(sizes), config.crops, BOX_TRIES)
     area = _uniform(shape, *config.crop_scale, generator=generator) * H * W
@@ -122,14 +124,14 @@ def _draw_boxes(sizes: Int[Tensor, "B 2"], config: ViewConfig, *, generator: tor
     height, width = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
     fits = (height >= 1) & (height <= H) & (width >= 1) & (width <= W)
 
-    found = fits.any(-1, keepdim=True)
+    any_fits = fits.any(-1, keepdim=True)
     first = fits.int().argmax(-1, keepdim=True)
     tallest_box, widest_box = (W / narrowest).round().clamp(min=1), (H * widest).round().clamp(min=1)
-    height = torch.where(found, height.gather(-1, first), torch.minimum(H, tallest_box))
-    width = torch.where(found, width.gather(-1, first), torch.minimum(W, widest_box))
-    u = _uniform((2, *found.shape), 0.0, 1.0, generator=generator)
-    top = torch.where(found, u[0] * (H - height + 1), (H - height) / 2).floor()
-    left = torch.where(found, u[1] * (W - width + 1), (W - width) / 2).floor()
+    height = torch.where(any_fits, height.gather(-1, first), torch.minimum(H, tallest_box))
+    width = torch.where(any_fits, width.gather(-1, first), torch.minimum(W, widest_box))
+    u = _uniform((2, *any_fits.shape), 0.0, 1.0, generator=generator)
+    top = torch.where(any_fits, u[0] * (H - height + 1), (H - height) / 2).floor()
+    left = torch.where(any_fits, u[1] * (W - width + 1), (W - width) / 2).floor()
     return torch.cat([top, left, height, width], dim=-1).long()  # (B, V, 4)
 
 
@@ -152,7 +154,7 @@ def _draw_colours(
     group = torch.tensor([0, 0, 0, 0, 1, 2])  # of each op
     rank = 4 * group_rank[..., group] + F.pad(jitter_rank, (0, 2))
     on = group_on[..., group]
-    order = rank.masked_fill(~on, 12).argsort(-1)  # what does not come up goes last, so that steps are few
+    order = rank.masked_fill(~on, 12).argsort(-1)  # idle steps go last, so that few steps remain
     return order.masked_fill(~on.gather(-1, order), IDLE), amounts.gather(-1, order)
 
 
@@ -161,34 +163,22 @@ def _uniform(shape: Sequence[int], low: float, high: float, *, generator: torch.
 
 
 def make_views(
-    cuts: UInt8[Tensor, "B V H W 3"], views: Views, *, size: tuple[int, int]
+    crops: UInt8[Tensor, "B V H W 3"], views: Views, *, size: tuple[int, int]
 ) -> tuple[Float[Tensor, "B V 3 h w"], Float[Tensor, "B 3 h w"]]:
-    """The context views of all crops and the target view of the first, normalised, `size` = (h, w).
+    """The context views of all crops and the target view of each image's first crop, normalised; `size` is (h, w).
 
-    `cuts` holds the boxes of `views` as they are in the images, padded below and right to a common size.
-
-    Raises:
-        ValueError: if `views` were drawn for another number of images, or for larger boxes.
+    `crops` holds the boxes of `views` as they are in the images (`Images.crop`), padded below and right. Raises
+    ValueError if `views` were drawn for another number of images, or for larger boxes.
     """
-    if len(cuts) != len(views.boxes):
-        raise ValueError(f"cuts of {len(cuts)} images but views of {len(views.boxes)}; slice: views[first:last].")
-    _check_extents(cuts, views.boxes[..., 2:])
-    return _on(cuts.device).make_views(cuts, views, size=size)
-
-
-def _on(device: torch.device):
-    """How views are made on a device: one by one on a CPU, a batch at a time elsewhere."""
-    from scott_sparse.data import views_cpu, views_gpu
-
-    return views_cpu if device.type == "cpu" else views_gpu
-
-
-def _check_extents(cuts: UInt8[Tensor, "*N H W 3"], extents: Int[Tensor, "*N 2"]) -> None:
-    H, W = cuts.shape[-3:-1]
-    if ((extents < 1) | (extents > extents.new_tensor([H, W]))).any():
-        raise ValueError(
-            f"an extent is empty or exceeds the {H} x {W} pixels of the cuts; expected (height, width) of each cut."
-        )
+    if len(crops) != len(views.boxes):
+        raise ValueError(f"crops of {len(crops)} images but views of {len(views.boxes)}; slice: views[first:last].")
+    B, V = views.flip.shape
+    boxes, flip = views.boxes.flatten(0, 1), views.flip.flatten()
+    backend, resized = _resize(crops.flatten(0, 1), boxes[:, 2:], flip, size=size)
+    ops, amounts = (torch.cat([x[:, :, 0].flatten(0, 1), x[:, 0, 1]]) for x in (views.ops, views.amounts))
+    images = backend.colour(torch.cat([resized, resized[::V]]), ops=ops, amounts=amounts)
+    context, target = backend.normalise(images).split([B * V, B])
+    return context.unflatten(0, (B, V)), target
 
 
 def center_crop_boxes(sizes: Int[Tensor, "B 2"], *, size: tuple[int, int]) -> Int[Tensor, "B 4"]:
@@ -200,12 +190,26 @@ def center_crop_boxes(sizes: Int[Tensor, "B 2"], *, size: tuple[int, int]) -> In
 
 
 def resize(
-    cuts: UInt8[Tensor, "B H W 3"], extents: Int[Tensor, "B 2"], flip: Bool[Tensor, " B"], *, size: tuple[int, int]
+    crops: UInt8[Tensor, "B H W 3"], extents: Int[Tensor, "B 2"], flip: Bool[Tensor, " B"], *, size: tuple[int, int]
 ) -> Float[Tensor, "B 3 h w"]:
-    """Views without colours: each cut's (height, width) = `extents` at its top left, mirrored where `flip`; normalised.
+    """Views without colour changes: crops resized to `size` = (h, w), mirrored where `flip`, and normalised.
 
-    Raises:
-        ValueError: if an extent is empty or exceeds the padded cuts.
+    `extents`: (height, width) in pixels of each crop, at the top left of its padding. Raises ValueError if an extent is
+    empty or exceeds the padded crops.
     """
-    _check_extents(cuts, extents)
-    return _on(cuts.device).resize(cuts, extents, flip, size=size)
+    backend, resized = _resize(crops, extents, flip, size=size)
+    return backend.normalise(resized)
+
+
+def _resize(crops: Tensor, extents: Tensor, flip: Tensor, *, size: tuple[int, int]):
+    """The module for the device of the crops (views one at a time on a CPU, a batch at a time elsewhere), and the
+    resized crops in the form in which it colours and normalises them."""
+    from scott_sparse.data import views_cpu, views_gpu
+
+    H, W = crops.shape[1:3]
+    if ((extents < 1) | (extents > extents.new_tensor([H, W]))).any():
+        raise ValueError(
+            f"an extent is empty or exceeds the {H} x {W} pixels of the crops; expected (height, width) of each crop."
+        )
+    backend = views_cpu if crops.device.type == "cpu" else views_gpu
+    return backend, backend.resize(crops, extents, flip, size=size)

@@ -1,53 +1,31 @@
-"""Views of a whole batch in a few kernels: what a GPU wants. The same numbers as `views_cpu`, but to rounding."""
+"""Views of a whole batch in a few kernels, for a GPU. They equal those of `views_cpu` except for its rounding."""
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from scott_sparse.data.views import BLUR_RADIUS, CONTRAST, GREY, IMAGENET_MEAN, IMAGENET_STD, LUMA, SATURATION, Views
+from scott_sparse.data.views import BLUR_RADIUS, CONTRAST, GREY, IMAGENET_MEAN, IMAGENET_STD, LUMA, SATURATION
 from scott_sparse.shapes import Bool, Float, Int, Tensor, UInt8
 
 
-def make_views(
-    cuts: UInt8[Tensor, "B V H W 3"], views: Views, *, size: tuple[int, int]
-) -> tuple[Float[Tensor, "B V 3 h w"], Float[Tensor, "B 3 h w"]]:
-    """As `views.make_views`."""
-    B, V = views.flip.shape
-    crops = resized(cuts.flatten(0, 1), views.boxes[..., 2:].flatten(0, 1), views.flip.flatten(), size=size)
-    images = torch.cat([crops, crops.unflatten(0, (B, V))[:, 0]])
-    ops, amounts = (torch.cat([x[:, :, 0].flatten(0, 1), x[:, 0, 1]]) for x in (views.ops, views.amounts))
-    context, target = _normalise_(colour_(images, ops=ops, amounts=amounts)).split([B * V, B])
-    return context.unflatten(0, (B, V)), target
-
-
 def resize(
-    cuts: UInt8[Tensor, "B H W 3"], extents: Int[Tensor, "B 2"], flip: Bool[Tensor, " B"], *, size: tuple[int, int]
+    crops: UInt8[Tensor, "B H W 3"], extents: Int[Tensor, "B 2"], flip: Bool[Tensor, " B"], *, size: tuple[int, int]
 ) -> Float[Tensor, "B 3 h w"]:
-    """`resized`, normalised."""
-    return _normalise_(resized(cuts, extents, flip, size=size))
+    """Resize each crop, (height, width) = `extents` at its top left, to `size` and mirror it where `flip`; in [0, 1].
 
-
-def resized(
-    cuts: UInt8[Tensor, "B H W 3"],
-    extents: Int[Tensor, "B 2"],
-    flip: Bool[Tensor, " B"],
-    *,
-    size: tuple[int, int],
-) -> Float[Tensor, "B 3 h w"]:
-    """Resize each cut, (height, width) = `extents` at its top left, to `size` = (h, w), mirror where `flip`.
-
-    Both are linear and separable, and so is their product: one (h, H) and one (w, W) matrix per image, two matrix
-    products for the whole batch, whatever the sizes of its images.
+    Resizing and mirroring are linear and separable, and so is their product: one (h, H) and one (w, W) matrix for each
+    image, and two matrix products for the whole batch, whatever the sizes of its images.
     """
-    height, width = extents.to(cuts.device, non_blocking=True).T
-    flip = flip.to(cuts.device, non_blocking=True)
-    down = _resampling(height, torch.zeros_like(flip), inputs=cuts.shape[1], outputs=size[0])  # (B, h, H)
-    across = _resampling(width, flip, inputs=cuts.shape[2], outputs=size[1]).div_(255)  # (B, w, W)
-    rows = rearrange(cuts, "b H W c -> b (c H) W").float() @ across.mT
+    height, width = extents.to(crops.device, non_blocking=True).T
+    flip = flip.to(crops.device, non_blocking=True)
+    down = _resampling(height, torch.zeros_like(flip), inputs=crops.shape[1], outputs=size[0])  # (B, h, H)
+    across = _resampling(width, flip, inputs=crops.shape[2], outputs=size[1]).div_(255)  # (B, w, W)
+    rows = rearrange(crops, "b H W c -> b (c H) W").float() @ across.mT
     return (down[:, None] @ rearrange(rows, "b (c H) w -> b c H w", c=3)).clamp_(0, 1)
 
 
-def _normalise_(images: Float[Tensor, "N 3 h w"]) -> Float[Tensor, "N 3 h w"]:
+def normalise(images: Float[Tensor, "N 3 h w"]) -> Float[Tensor, "N 3 h w"]:
+    """To ImageNet's mean 0 and standard deviation 1, in place."""
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).to(images.device, non_blocking=True)[..., None, None]
     return images.sub_(mean).div_(std)
 
@@ -57,8 +35,8 @@ def _resampling(
 ) -> Float[Tensor, "B outputs inputs"]:
     """Weight of each input pixel in each output pixel along one axis, for the first `extent` input pixels.
 
-    Keys' cubic with a = -1/2, as in Pillow and in torch's `interpolate(antialias=True)`: when shrinking, the
-    kernel widens by the shrink factor; at the interval's ends it is cut and renormalised.
+    Keys' cubic with a = -1/2, as in Pillow and in torch's `interpolate(antialias=True)`: for shrinking, the kernel is
+    wider by the shrink factor; at the ends of the interval it is truncated and renormalised.
     """
     extent = extent[:, None]
     at = torch.arange(outputs, device=extent.device)
@@ -67,30 +45,28 @@ def _resampling(
     centre = (at + 0.5) * step - 0.5  # (B, outputs), in input pixels
     pixel = torch.arange(inputs, device=extent.device)
     x = (pixel - centre[..., None]).div_(step.clamp(min=1)[..., None]).abs_()  # (B, outputs, inputs)
-    # k(x) = p²(p - 1)/2 + q²(1 - 2q) with p = (2 - x)+ and q = (1 - x)+: both cubic pieces, without a branch.
+    # k(x) = p²(p - 1)/2 + q²(1 - 2q) with p = (2 - x)+ and q = (1 - x)+: both cubic pieces without a branch.
     p, q = (2 - x).clamp_(min=0), (1 - x).clamp_(min=0)
     weights = (p * p).mul_(p.sub_(1)).mul_(0.5).addcmul_(q * q, 1 - 2 * q)
     weights *= (pixel < extent)[:, None]
     return weights.div_(weights.sum(-1, keepdim=True))
 
 
-def colour_(
+def colour(
     images: Float[Tensor, "N 3 h w"], *, ops: Int[Tensor, "N S"], amounts: Float[Tensor, "N S"]
 ) -> Float[Tensor, "N 3 h w"]:
-    """Colour each image in place; pixels in [0, 1] before and after, `ops` and `amounts` as in `Views`.
+    """Apply colour operations in place; pixels are in [0, 1] before and after, `ops` and `amounts` are as in `Views`.
 
-    At each step an operation runs once, on exactly the rows whose turn it is: idle rows cost nothing.
-    Brightness, contrast, saturation and greyscale count as one operation, see `_mix`.
-
-    Raises:
-        RuntimeError: from torch, when blurring images with a side below 5 pixels.
+    At each step, each kernel runs once, on the images that need it, so that idle images cost nothing. Brightness,
+    contrast, saturation and greyscale share the kernel `_mix`. A blur of images with a side below 5 pixels raises
+    RuntimeError (from torch).
     """
     ops, amounts = ops.T.cpu(), amounts.T.cpu()  # (S, N)
     rest = 1 - amounts
     to_grey, to_mean = (ops == SATURATION) | (ops == GREY), ops == CONTRAST
     params = torch.stack([amounts, rest * to_grey, rest * to_mean], dim=-1)  # (S, N, 3)
 
-    # Rows are grouped by kernel on the CPU and sent in two transfers, so that the device is never waited for.
+    # Rows are grouped by kernel on the CPU and sent in two transfers, so that the CPU never waits for the device.
     kind = torch.tensor([0, 0, 0, 1, 0, 2, 3])[ops]  # by OPS, then IDLE
     counts = F.one_hot(kind, 4).sum(1).tolist()
     rows = kind.argsort(1)  # (S, N)
@@ -108,7 +84,7 @@ def colour_(
 
 
 def _mix(images: Float[Tensor, "N 3 h w"], params: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3 h w"]:
-    """Brightness, contrast, saturation, greyscale: a sum of the image, its grey self and its mean grey."""
+    """Brightness, contrast, saturation, greyscale: weighted sums of the image, its grey version and its mean grey."""
     own, grey_share, mean_share = params.T[..., None, None, None]
     red, green, blue = images.split(1, dim=1)
     grey = (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])  # (N, 1, h, w)
@@ -117,17 +93,17 @@ def _mix(images: Float[Tensor, "N 3 h w"], params: Float[Tensor, "N 3"]) -> Floa
 
 
 def _turn_hue(images: Float[Tensor, "N 3 h w"], params: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3 h w"]:
-    """Turn the hue by params[:, 0] of the circle, keeping HSV's value and saturation.
+    """Rotate the hue by params[:, 0] of the circle, keeping value and saturation of HSV.
 
-    On the hue circle, six units around, a channel is at its highest within 1 of its own place (red 0, green
-    2, blue 4), at its lowest beyond 2, and linear between: so no sextant needs a case of its own.
+    On the hue circle, six units around, a channel is highest within 1 of its own place (red 0, green 2, blue 4), lowest
+    beyond 2, and linear between: so no sextant needs a case of its own.
     """
     red, green, blue = images.unbind(1)
     high, low = images.amax(1), images.amin(1)
     span = low.neg_().add_(high)
     from_green, from_blue = (blue - red).add_(span, alpha=2), (red - green).add_(span, alpha=4)
     hue = torch.where(high == red, green - blue, torch.where(high == green, from_green, from_blue))
-    hue.div_(span.clamp(min=torch.finfo(span.dtype).tiny))  # grey pixels: 0 / tiny, and any hue will do
+    hue.div_(span.clamp(min=torch.finfo(span.dtype).tiny))  # grey pixels: 0 / tiny, as any hue serves
     turned = hue.div_(6).add_(params[:, :1, None])
     places = torch.arange(3, device=hue.device)[:, None, None] / 3
     away = turned[:, None] - places  # (N, 3, h, w), in circles
@@ -136,11 +112,11 @@ def _turn_hue(images: Float[Tensor, "N 3 h w"], params: Float[Tensor, "N 3"]) ->
 
 
 def _blur(images: Float[Tensor, "N 3 h w"], params: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3 h w"]:
-    """Gaussian blur with sigma = params[:, 0] pixels, kernel 9, reflected borders."""
+    """Gaussian blur with sigma = params[:, 0] pixels, kernel size 9, reflected borders."""
     offset = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=images.device)
     taps = (-((offset / params[:, :1]) ** 2) / 2).softmax(1).T[..., None, None, None]  # (9, N, 1, 1, 1)
     images = F.pad(images, (BLUR_RADIUS,) * 4, mode="reflect")
-    # Shifted sums, as each image has its own kernel: a grouped convolution is several times slower on a CPU.
+    # Sums of shifted images, as each has its own kernel; a grouped convolution is several times slower on a CPU.
     for dim in (2, 3):
         side = images.shape[dim] - 2 * BLUR_RADIUS
         shifted = [images.narrow(dim, start, side) for start in range(len(taps))]

@@ -65,7 +65,7 @@ class _Cuts(Dataset):
 
     def cut(self, indices: Int[Tensor, " B"]):
         boxes = self.boxes[indices]
-        return self.images.cut(indices, boxes[:, None])[:, 0], boxes[:, 2:], self.flip[indices]
+        return self.images.crop(indices, boxes[:, None])[:, 0], boxes[:, 2:], self.flip[indices]
 
     def __len__(self) -> int:
         return -(-len(self.images) // BATCH)

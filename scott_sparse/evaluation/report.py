@@ -7,7 +7,8 @@ from einops import rearrange
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from scott_sparse.data.dataset import Data, Images
+from scott_sparse.data.dataset import Data
+from scott_sparse.data.images import Images
 from scott_sparse.data.views import IMAGENET_MEAN, IMAGENET_STD
 from scott_sparse.evaluation.encoders import FrozenEncoder, Pixels
 from scott_sparse.evaluation.features import eval_images, extract
@@ -42,6 +43,7 @@ def knn_on_val(data: Data, initial: Encoder, pretrained: Encoder, *, size: tuple
     queries, scores = knn_queries(data), {}
     if queries is None:
         return None
+    assert data.train.labels is not None and queries.labels is not None
     for name, model in models.items():
         bank, held = (extract(model, part, size=size) for part in (data.train, queries))
         if bank is not None and held is not None:

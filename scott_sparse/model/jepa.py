@@ -1,89 +1,124 @@
-"""MIM-JEPA: predict, in latent space, what an EMA target encoder says about the hidden patches.
+"""MIM-JEPA: predict the features that an EMA target encoder gives to the hidden patches, in latent space.
 
-The published objective (arXiv 2502.18056, section 3.2) is `masked_smooth_l1`. Beside it stands a named option, off in
-the paper's recipes: the cross-crop term of `losses.py`, on the pooled visible tokens. Masked crops whose
-hidden patches cost nothing are what a sparse stem makes possible: with `context="visible"` neither tokenizer nor
-Transformer spends anything on hidden patches, and only the predictor is shown mask tokens.
+The published objective (arXiv 2502.18056, section 3.2) is `losses.masked_smooth_l1` alone, with mask tokens in the
+context encoder. Two options are not in the paper and off by default. The cross-crop term (`losses.nt_xent`, or
+`losses.invariance` with `losses.sigreg`) compares crops of one image by their pooled visible tokens. With
+`context="visible"` tokenizer and Transformer process the visible patches only, and mask tokens enter the predictor
+alone.
 """
 
 import copy
 import dataclasses
-from typing import Literal
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
 from scott_sparse.distributed import full_tensor
-from scott_sparse.model.losses import Projector, contrast, invariance, sigreg, variance_covariance
+from scott_sparse.model.losses import Projector, invariance, masked_smooth_l1, nt_xent, sigreg
 from scott_sparse.model.vit import Encoder, EncoderConfig, Predictor, layer_norm
 from scott_sparse.shapes import Bool, Float, Tensor
+
+TERMS = {"mim": "MIM-JEPA", "ntxent": "NT-Xent", "invariance": "crop invariance", "sigreg": "SIGReg"}
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """Which terms the loss has, and how the context encoder sees its images."""
+    """Which terms the loss has, and what the context encoder sees.
 
-    mim: float = 1.0
-    """Weight of MIM-JEPA; 0 leaves out the target's pass and the predictor as well."""
+    Raises ValueError for a value that is wrong, and for one that was changed although the chosen loss ignores it.
+    """
+
+    mim_weight: float = 1.0
+    """Weight of MIM-JEPA's loss; 0 leaves out target encoder pass and predictor."""
     predictor_depth: int = 3
+    """Blocks of the predictor."""
     context: str = "all"
-    """'all': mask tokens in the context encoder, as published. 'visible': packed visible tokens only."""
-    invariance: float = 0.0
-    """Weight of the cross-crop term beside MIM-JEPA; 0 is the published objective."""
-    spread: Literal["contrast", "sigreg", "vicreg"] = "contrast"
-    """What keeps the cross-crop term from collapsing; 'contrast' is agreement and spread in one."""
+    """What the context encoder processes: "all" patches, with mask tokens where hidden, as published, or "visible"."""
+    cross_crop_weight: float = 0.0
+    """Weight of the cross-crop term, which compares the crops of an image; 0 is the published objective."""
+    cross_crop_loss: str = "ntxent"
+    """The cross-crop term: "ntxent" (SimCLR's NT-Xent), or "sigreg" (LeJEPA's crop invariance and SIGReg)."""
     temperature: float = 0.2
-    """Of contrast."""
-    spread_share: float = 0.05
-    """Of SIGReg or VICReg, within the cross-crop term."""
+    """Temperature of NT-Xent."""
+    sigreg_weight: float = 0.05
+    """Share of SIGReg in the cross-crop term, in [0, 1]; the rest is crop invariance."""
     projector: tuple[int, int] = (512, 64)
-    directions: int = 256
-    """Of SIGReg, at each step."""
-    target_blocks: int = 1
-    """Predict the mean of the target's last n blocks (data2vec, arXiv 2202.03555); 1 is the published target."""
+    """Hidden and output width of the projector of the cross-crop term."""
+    sigreg_projections: int = 256
+    """Random projections of SIGReg, drawn anew at each step."""
 
     def __post_init__(self):
         if self.context not in ("all", "visible"):
             raise ValueError(f"unknown context {self.context!r}; expected 'all' or 'visible'.")
-        if not 0 <= self.spread_share <= 1:
-            raise ValueError(f"spread_share {self.spread_share} must lie in [0, 1].")
-        if min(self.mim, self.invariance) < 0 or self.mim + self.invariance == 0:
+        if self.cross_crop_loss not in ("ntxent", "sigreg"):
+            raise ValueError(f"unknown cross_crop_loss {self.cross_crop_loss!r}; expected 'ntxent' or 'sigreg'.")
+        weights = (self.mim_weight, self.cross_crop_weight)
+        if not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
             raise ValueError(
-                f"mim {self.mim:g} and invariance {self.invariance:g} must not be negative, nor both be 0: "
-                "they are the weights of the loss."
+                f"mim_weight {self.mim_weight:g} and cross_crop_weight {self.cross_crop_weight:g} must be finite, not "
+                "negative, nor both be 0."
             )
-        if not self.temperature > 0:
-            raise ValueError(f"temperature {self.temperature} must be positive.")
-        if self.target_blocks < 1:
-            raise ValueError(f"target_blocks is {self.target_blocks}; expected 1 or more.")
+        # Built-in recipes set predictor_depth, and may be run with mim_weight 0.
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        self.refuse_ignored({**defaults, "predictor_depth": self.predictor_depth})
+        smallest = {"predictor_depth": self.predictor_depth, "sigreg_projections": self.sigreg_projections}
+        smallest |= {"temperature": self.temperature, "projector": min(self.projector)}
+        for name, value in smallest.items():
+            if name not in self.ignored and not value > 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be positive.")
+        if "sigreg_weight" not in self.ignored and not 0 <= self.sigreg_weight <= 1:
+            raise ValueError(f"sigreg_weight {self.sigreg_weight} must lie in [0, 1].")
+
+    @property
+    def ignored(self) -> dict[str, str]:
+        """Fields that the chosen loss ignores, each with the setting that is the reason."""
+        ignored = {} if self.mim_weight else {"predictor_depth": "mim_weight 0"}
+        if not self.cross_crop_weight:
+            fields = ("cross_crop_loss", "temperature", "sigreg_weight", "projector", "sigreg_projections")
+            return ignored | dict.fromkeys(fields, "cross_crop_weight 0")
+        fields = {"ntxent": ("sigreg_weight", "sigreg_projections"), "sigreg": ("temperature",)}[self.cross_crop_loss]
+        return ignored | dict.fromkeys(fields, f"cross_crop_loss {self.cross_crop_loss}")
+
+    def refuse_ignored(self, defaults: Mapping[str, Any]) -> None:
+        """Raises ValueError for a field that differs from its value in `defaults` although the loss ignores it."""
+        for name, reason in self.ignored.items():
+            value = getattr(self, name)
+            if value != defaults[name]:
+                raise ValueError(
+                    f"{name} {value} has no effect with {reason}; leave {name} at {defaults[name]}, or change "
+                    f"{reason.split()[0]}."
+                )
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of each term in the loss, by name.
+        """Weight of each term in the loss, by the name that the term has in `MIMJEPA.forward`.
 
-        mim * MIM-JEPA + invariance * contrast, or
-        mim * MIM-JEPA + invariance * ((1 - spread_share) * cross-crop invariance + spread_share * SIGReg or VICReg).
+        With NT-Xent: mim_weight * mim + cross_crop_weight * ntxent. With SIGReg: mim_weight * mim +
+        cross_crop_weight * ((1 - sigreg_weight) * invariance + sigreg_weight * sigreg), as in arXiv 2511.08544.
         """
-        weights = {"mim": self.mim} if self.mim else {}
-        if self.invariance and self.spread == "contrast":
-            weights["contrast"] = self.invariance
-        elif self.invariance:
-            weights["invariance"] = self.invariance * (1 - self.spread_share)
-            weights[self.spread] = self.invariance * self.spread_share
+        weights = {"mim": self.mim_weight} if self.mim_weight else {}
+        if self.cross_crop_weight and self.cross_crop_loss == "ntxent":
+            weights["ntxent"] = self.cross_crop_weight
+        elif self.cross_crop_weight:
+            weights["invariance"] = self.cross_crop_weight * (1 - self.sigreg_weight)
+            weights["sigreg"] = self.cross_crop_weight * self.sigreg_weight
         return weights
 
     @property
     def terms(self) -> tuple[str, ...]:
-        written = {"mim": "MIM-JEPA", "sigreg": "SIGReg", "vicreg": "VICReg"}
-        return tuple(written.get(name, name) for name in self.weights)
+        """Names of the terms as they are printed."""
+        return tuple(TERMS[name] for name in self.weights)
 
 
 class MIMJEPA(nn.Module):
-    """Everything that is trained: context encoder, predictor and, for the cross-crop term, projector.
+    """All that is trained: context encoder, predictor and, for the cross-crop term, projector.
 
-    One module, so that it is wrapped for distributed training once. The target encoder stays outside (`make_target`).
+    They are one module, so that they are wrapped for distributed training once. The target encoder is not part of it,
+    see `make_target`.
     """
 
     _no_split_modules = ("Block",)  # what Accelerate shards together (FSDP2)
@@ -92,55 +127,66 @@ class MIMJEPA(nn.Module):
         super().__init__()
         self.objective = objective
         self.encoder = Encoder(encoder, engine=engine)
-        self.predictor = Predictor(encoder, objective.predictor_depth) if objective.mim else None
-        self.projector = Projector(encoder.dim, *objective.projector) if objective.invariance else None
-        if not objective.mim and objective.context == "visible":  # nothing sees it, and DDP would wait for its gradient
-            self.encoder.mask_token.requires_grad_(False)
+        self.predictor = Predictor(encoder, objective.predictor_depth) if objective.mim_weight else None
+        self.projector = Projector(encoder.dim, *objective.projector) if objective.cross_crop_weight else None
+        if not objective.mim_weight and objective.context == "visible":
+            self.encoder.mask_token.requires_grad_(False)  # it is not used, and DDP would wait for its gradient
 
     def forward(
         self,
         images: Float[Tensor, "B V 3 H W"],
-        visible: Bool[Tensor, "B VM N"],
-        targets: Float[Tensor, "B N D"] | None,
-        directions: Float[Tensor, "E M"] | None = None,
+        visible: Bool[Tensor, "B V N"],
+        targets: Float[Tensor, "B N D"] | None = None,
+        projections: Float[Tensor, "E M"] | None = None,
+        *,
+        cached: Float[Tensor, "A R D"] | None = None,
+        number: int = 0,
+        pooled_only: bool = False,
     ) -> dict[str, Tensor]:
-        """Loss terms of V crops per image, each seen under M masks; `loss` is their weighted sum.
+        """Loss terms of a batch of V masked crops per image, by name; `loss` is their weighted sum.
 
-        `targets` (with MIM-JEPA) belong to each image's first crop, the one that is predicted, under each of its masks;
-        the other crops cost no target pass. `directions`: columns of unit length for SIGReg (see `draw_directions`), if
-        it is on.
+        `targets`, needed with MIM-JEPA, are the target features of each image's first crop, the only one that is
+        predicted. `projections`, needed with SIGReg, are unit columns (see `draw_projections`).
+
+        Gradient accumulation: `pooled_only` gives {"pooled": (R, D)} alone, the pooled features of the R = B * V crops
+        of a micro-batch. `cached` are those of all A micro-batches of a step, without gradient. With them this call is
+        for micro-batch `number`, its cross-crop term is that of the whole batch, and the mean over the A calls has the
+        gradient of the whole batch (see `insert_live`).
         """
-        masks, losses = visible.shape[1] // images.shape[1], {}
-        crops, seen = images.repeat_interleave(masks, 1).flatten(0, 1), visible.flatten(0, 1)
+        crops, seen = images.flatten(0, 1), visible.flatten(0, 1)
         features = self.context_features(crops, seen)
+        if pooled_only:
+            return {"pooled": self.pooled(features, seen)}
+        losses = {}
         if self.predictor is not None:
-            of_first = rearrange(features, "(b w) n d -> b w n d", b=len(images))[:, :masks].flatten(0, 1)
-            seen_first = visible[:, :masks].flatten(0, 1)
-            predictions = self.predictor(
-                self.insert_mask_tokens(of_first, seen_first), self.encoder.tokenizer.grid(crops)
-            )
-            losses["mim"] = masked_smooth_l1(predictions, targets.repeat_interleave(masks, 0), hidden=~seen_first)
+            assert targets is not None, "MIM-JEPA needs targets"
+            first = features.unflatten(0, visible.shape[:2])[:, 0]
+            context = self.insert_mask_tokens(first, visible[:, 0])
+            predictions = self.predictor(context, self.encoder.tokenizer.grid(crops))
+            losses["mim"] = masked_smooth_l1(predictions, targets, hidden=~visible[:, 0])
         if self.projector is not None:
-            embeddings = self.projector(self.pooled(features, seen)).float()
-            losses |= self.cross_crop(rearrange(embeddings, "(b w) e -> w b e", b=len(images)), directions)
-        return {**losses, "loss": sum(weight * losses[name] for name, weight in self.objective.weights.items())}
+            pooled = self.pooled(features, seen)
+            if cached is not None:
+                pooled = insert_live(cached, number, pooled)
+            embeddings = self.projector(pooled).float()
+            losses |= self.cross_crop(rearrange(embeddings, "(b v) e -> v b e", v=images.shape[1]), projections)
+        weighted = [weight * losses[name] for name, weight in self.objective.weights.items()]
+        return {**losses, "loss": sum(weighted[1:], start=weighted[0])}
 
     def cross_crop(
-        self, embeddings: Float[Tensor, "V B E"], directions: Float[Tensor, "E M"] | None
+        self, embeddings: Float[Tensor, "V B E"], projections: Float[Tensor, "E M"] | None
     ) -> dict[str, Float[Tensor, ""]]:
         """The terms that compare the views of an image, by name."""
-        if self.objective.spread == "contrast":
-            return {"contrast": contrast(embeddings, temperature=self.objective.temperature)}
-        if self.objective.spread == "sigreg":
-            spread = [sigreg(view, directions) for view in embeddings]
-        else:
-            spread = [variance_covariance(view) for view in embeddings]
-        return {"invariance": invariance(embeddings), self.objective.spread: torch.stack(spread).mean()}
+        if self.objective.cross_crop_loss == "ntxent":
+            return {"ntxent": nt_xent(embeddings, temperature=self.objective.temperature)}
+        assert projections is not None, "SIGReg needs projections"
+        normality = torch.stack([sigreg(view, projections) for view in embeddings]).mean()
+        return {"invariance": invariance(embeddings), "sigreg": normality}
 
     def context_features(
         self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]
     ) -> Float[Tensor, "B n D"]:
-        """Of all N patches, hidden ones as mask tokens (context 'all'), or of the n visible ones alone."""
+        """Features of all N patches, with mask tokens where hidden (context "all"), or of the n visible ones only."""
         if self.objective.context == "all":
             return self.encoder(images, visible)
         return self.encoder.forward_visible(images, visible)
@@ -148,49 +194,50 @@ class MIMJEPA(nn.Module):
     def insert_mask_tokens(
         self, features: Float[Tensor, "B n D"], visible: Bool[Tensor, "B N"]
     ) -> Float[Tensor, "B N D"]:
-        """What the predictor gets: context features, with mask tokens where the encoder had none."""
+        """The predictor's input: context features, and mask tokens for the patches that have none."""
         if self.objective.context == "all":
             return features
         mask_tokens = self.encoder.mask_token.to(features.dtype).repeat(*visible.shape, 1)
         return mask_tokens.masked_scatter(visible[..., None], features)
 
     def pooled(self, features: Float[Tensor, "B n D"], visible: Bool[Tensor, "B N"]) -> Float[Tensor, "B D"]:
-        """Mean of the context features of the visible patches."""
+        """Mean of the context features over the visible patches."""
         if self.objective.context == "visible":
             return features.mean(1)
         weight = visible[..., None].to(features.dtype)
         return (features * weight).sum(1) / weight.sum(1)
 
 
-def masked_smooth_l1(
-    predictions: Float[Tensor, "B N D"], targets: Float[Tensor, "B N D"], *, hidden: Bool[Tensor, "B N"]
-) -> Float[Tensor, ""]:
-    """Smooth-L1 (beta 1), mean over D and over each image's hidden patches, then over images."""
-    per_patch = F.smooth_l1_loss(predictions.float(), targets.float(), reduction="none").mean(-1)
-    return ((per_patch * hidden).sum(1) / hidden.sum(1)).mean()
+def insert_live(cached: Float[Tensor, "A R D"], number: int, live: Float[Tensor, "R D"]) -> Float[Tensor, "n D"]:
+    """The features of all A micro-batches, n = A * R, of which those of micro-batch `number` have a gradient.
+
+    The gradient of `live` is multiplied by A. A training loop takes the mean over the A losses of a step; as each of
+    them is the loss of the whole batch, the encoder so gets the gradient of that loss through all micro-batches, and
+    what follows (projector, loss) gets it A times over A. The idea is GradCache's (arXiv 2101.06983).
+    """
+    scaled = live.detach() + len(cached) * (live - live.detach())  # equal to `live`, exactly
+    cached = cached.to(live.dtype)  # Accelerate returns outputs in fp32 also under autocast
+    return torch.cat([*cached[:number], scaled, *cached[number + 1 :]])
 
 
 def make_target(encoder: Encoder) -> Encoder:
-    """The target encoder: a copy in eval mode that no optimizer touches."""
+    """The target encoder: a copy in eval mode that no optimizer updates."""
     return copy.deepcopy(encoder).eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def target_features(target: Encoder, images: Float[Tensor, "B 3 H W"], *, blocks: int = 1) -> Float[Tensor, "B N D"]:
-    """What is predicted: the target's features of the whole image through a LayerNorm without affine.
-
-    Of more than one block: the mean of their normalised features, normalised again.
-    """
-    features = [layer_norm(tokens.float()) for tokens in target.last_blocks(images, blocks)]
-    return features[0] if len(features) == 1 else layer_norm(torch.stack(features).mean(0))
+def target_features(target: Encoder, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+    """What is predicted: the target's features of whole images, after a LayerNorm without affine parameters."""
+    return layer_norm(target(images).float())
 
 
 @torch.no_grad()
 def update_target(target: Encoder, encoder: Encoder, momentum: float, *, skip: Float[Tensor, ""] | None = None) -> None:
-    """target = momentum * target + (1 - momentum) * encoder, parameters only, after every optimizer step.
+    """target = momentum * target + (1 - momentum) * encoder for all parameters, after every optimizer step.
 
     Where `skip` is 1 instead of 0 the target stays as it is; the device is not waited for.
     """
-    own, new = list(target.parameters()), [full_tensor(p) for p in encoder.parameters()]
+    own: list[Tensor] = list(target.parameters())
+    new = [full_tensor(p) for p in encoder.parameters()]
     weight = 1 - momentum if skip is None else [(1 - momentum) * (1 - skip)] * len(own)
-    torch._foreach_lerp_(own, new, weight)
+    torch._foreach_lerp_(own, new, weight)  # pyright: ignore[reportPrivateImportUsage]

@@ -1,41 +1,68 @@
-"""From pixels to tokens: SCOTT, the sparse convolutional tokenizer, and plain patch embedding as its baseline.
+"""From pixels to tokens: SCOTT, the sparse convolutional tokenizer, and the plain patch tokenizer as its baseline.
 
-Both take images (B, 3, H, W) and `visible` (B, N) and never let a hidden pixel reach a visible token. Both have two
-forms of output: dense tokens (B, N, D) with zeros where hidden, and `packed` tokens (S, D), one row per visible patch.
+Both take images (B, 3, H, W) and `visible` (B, N), and no hidden pixel ever reaches a visible token. Both have two
+forms of output: dense tokens (B, N, D) with zeros where hidden, and packed tokens (S, D), one row per visible patch.
 """
 
 import itertools
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from scott_sparse.model.engines import spconv as sparse
-from scott_sparse.model.engines.dense import dense_strided_conv, hide, max_blur_pool, restrict
-from scott_sparse.model.engines.halo import max_blur_pool_tiles, strided_conv_tiles
-from scott_sparse.model.sites import KERNEL, ActivePatches
+from scott_sparse.model.engines import ENGINES, check_engine, choose_engine
+from scott_sparse.model.engines.dense import Dense
+from scott_sparse.model.sites import KERNEL, ActiveSites
 from scott_sparse.shapes import Bool, Float, Int, Tensor
 
-# Whether each stride-2 convolution is followed by a stride-2 max-blur-pool: P = 2 ** (convolutions + pools).
+# The stem by patch size P. Each stage is a 7x7 convolution of stride 2, a ReLU and, where True, a max-blur-pool of
+# stride 2, so that P = 2 ** (convolutions + pools).
 STAGES = {16: (True, True), 8: (True, False), 4: (True,)}
+
+Method = TypeVar("Method", bound=Callable)
+
+
+def not_compiled(method: Method) -> Method:
+    """Leave a method out of compiled graphs: the number of visible patches is not known when a graph is compiled."""
+    return cast(Method, torch.compiler.disable(method))
 
 
 class Tokenizer(nn.Module):
-    """What both tokenizers share: the patch grid, and the dense form as the scattered packed form."""
+    """What all tokenizers share: the patch grid, and the dense form as the scattered packed form.
 
-    def __init__(self, dim: int, patch_size: int):
+    A tokenizer implements `_packed` and is registered in `TOKENIZERS`; all are built with the same arguments.
+    """
+
+    def __init__(self, dim: int, *, patch_size: int = 16, stem_width: int = 64, engine: str = "auto"):
         super().__init__()
+        self.check_patch_size(patch_size)
         self.dim, self.patch_size = dim, patch_size
 
+    @classmethod
+    def check_patch_size(cls, patch_size: int) -> None:
+        """Raises ValueError for a patch size that the tokenizer does not have."""
+
+    @classmethod
+    def engine_name(cls, engine: str, device: torch.device, *, visible_share: float, dim: int) -> str:
+        """What computes the tokens, by name. Raises ValueError where `engine` cannot work on the device."""
+        raise NotImplementedError
+
+    def _packed(self, images: Float[Tensor, "B 3 H W"], active: ActiveSites | None) -> Float[Tensor, "S D"]:
+        """Tokens of the active patches, of all patches where `active` is None."""
+        raise NotImplementedError
+
     def grid(self, images: Tensor) -> tuple[int, int]:
-        """Patch rows and columns. Raises ValueError unless H and W are multiples of the patch size."""
-        return tuple(patches_along(side, self.patch_size) for side in images.shape[-2:])
+        """Patch rows and columns (h, w). Raises ValueError unless H and W are multiples of the patch size."""
+        height, width = images.shape[-2:]
+        return patches_along(height, self.patch_size), patches_along(width, self.patch_size)
 
     def forward(
         self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"] | None = None
     ) -> Float[Tensor, "B N D"]:
-        """Tokens in raster order; zeros where hidden. `visible` None means that everything is."""
+        """Tokens in raster order; zeros where hidden. `visible` None means that all patches are visible."""
         h, w = self.grid(images)
         if visible is None:  # len(images) would be a constant of an exported graph
             return self._packed(images, None).reshape(images.shape[0], h * w, self.dim)
@@ -44,27 +71,14 @@ class Tokenizer(nn.Module):
         dense = dense.index_copy(0, indices[:, 0] * (h * w) + indices[:, 1], tokens)
         return dense.view(len(images), h * w, self.dim)
 
-    @torch._dynamo.disable  # how many patches are visible is known to no compiler
+    @not_compiled
     def packed(
         self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]
     ) -> tuple[Float[Tensor, "S D"], Int[Tensor, "S 2"]]:
-        """Tokens of the visible patches only, image by image in raster order, and their (image, patch) indices."""
-        active = self.active(images, visible)
-        return self._packed(images, active), torch.stack([active.image, active.patch], dim=1)
+        """Tokens of the visible patches only, image by image in raster order, and their (image, patch) indices.
 
-    @torch._dynamo.disable
-    def packed_by_image(
-        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]
-    ) -> tuple[Float[Tensor, "B n D"], Int[Tensor, "B n"]]:
-        """The same where every image has n visible patches: tokens, and the patch of each. ValueError otherwise."""
-        counts = visible.sum(1)
-        if (counts != counts[0]).any():
-            raise ValueError(f"every image must have as many visible patches, got {counts.tolist()}.")
-        tokens, indices = self.packed(images, visible)
-        return tokens.unflatten(0, (len(images), -1)), indices[:, 1].unflatten(0, (len(images), -1))
-
-    def active(self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]) -> ActivePatches:
-        """The visible patches as the sparse layers use them. Raises ValueError where the shapes disagree."""
+        Raises ValueError where `visible` does not have one entry per patch.
+        """
         grid = self.grid(images)
         expected = (len(images), grid[0] * grid[1])
         if tuple(visible.shape) != expected:
@@ -72,32 +86,34 @@ class Tokenizer(nn.Module):
                 f"visible has shape {tuple(visible.shape)}; expected {expected}: one row per image, "
                 f"one entry per patch of the {grid[0]} x {grid[1]} grid."
             )
-        return ActivePatches(visible, grid)
+        active = ActiveSites(visible, grid)
+        return self._packed(images, active), torch.stack([active.image, active.patch], dim=1)
 
-    def _packed(self, images: Tensor, active: ActivePatches | None) -> Tensor:
-        raise NotImplementedError
+    @not_compiled
+    def packed_by_image(
+        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]
+    ) -> tuple[Float[Tensor, "B n D"], Int[Tensor, "B n"]]:
+        """`packed` where every image has n visible patches: tokens, and their patch indices. ValueError otherwise."""
+        counts = visible.sum(1)
+        if (counts != counts[0]).any():
+            raise ValueError(f"every image must have as many visible patches, got {counts.tolist()}.")
+        tokens, indices = self.packed(images, visible)
+        return tokens.unflatten(0, (len(images), -1)), indices[:, 1].unflatten(0, (len(images), -1))
 
 
 class SparseTokenizer(Tokenizer):
-    """SCOTT (arXiv 2502.18056, section 3.1): strided submanifold convolutions and max-blur-pools.
+    """SCOTT (arXiv 2502.18056, section 3.1): strided submanifold convolutions and max-blur-pools, see `STAGES`.
 
-    P = 16: conv 7x7/2, 3 -> stem_width, ReLU, max-blur-pool, conv 7x7/2, stem_width -> D, ReLU, max-blur-pool. P = 8
-    drops the second pool, P = 4 is a single stage. Active sites after every layer: those of the visible patches.
-
-    `engine`: `spconv` (a SparseConvTensor of the visible pixels runs through spconv), `tiles` (visible patches with
-    their halo, one matrix product per convolution), `dense` (the oracle: convolve, then zero), or `auto`: what is
-    fastest (`choose_engine`). Where everything is visible all are the same and dense runs.
-    Raises ValueError for an unknown patch size or engine, and for `spconv` where it cannot work.
+    Widths: 3, `stem_width` after the first of two stages, `dim` after the last. After every layer the active sites are
+    those of the visible patches. `engine`: "auto" (the fastest, see `choose_engine`), or a name of `ENGINES`; all give
+    the same result. Where all patches are visible the dense engine runs.
+    Raises ValueError for an unknown patch size or engine and, when called, for an engine that cannot work.
     """
 
     def __init__(self, dim: int, *, patch_size: int = 16, stem_width: int = 64, engine: str = "auto"):
-        super().__init__(dim, patch_size)
-        if patch_size not in STAGES:
-            raise ValueError(f"patch_size {patch_size} has no SCOTT stem; expected one of {sorted(STAGES)}.")
-        if engine not in sparse.ENGINES:
-            raise ValueError(f"unknown engine {engine!r}; expected one of {', '.join(sparse.ENGINES)}.")
-        self.engine = engine
-        self.pools = STAGES[patch_size]
+        super().__init__(dim, patch_size=patch_size)
+        check_engine(engine)
+        self.engine, self.pools = engine, STAGES[patch_size]
         widths = [3, *[stem_width] * (len(self.pools) - 1), dim]
         self.kernels = nn.ParameterList(
             nn.Parameter(torch.empty(k, c, KERNEL, KERNEL)) for c, k in itertools.pairwise(widths)
@@ -105,57 +121,52 @@ class SparseTokenizer(Tokenizer):
         for kernel in self.kernels:
             nn.init.kaiming_normal_(kernel)
 
-    def sparse_input(self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]):
-        """The masked images on their way in: a `spconv.pytorch.SparseConvTensor`, one voxel per visible pixel."""
-        return sparse.to_sparse(images, self.active(images, visible))
+    @classmethod
+    def check_patch_size(cls, patch_size: int) -> None:
+        if patch_size not in STAGES:
+            raise ValueError(f"patch_size {patch_size} has no SCOTT stem; expected one of {sorted(STAGES)}.")
 
-    def _packed(self, images, active):
+    @classmethod
+    def engine_name(cls, engine: str, device: torch.device, *, visible_share: float, dim: int) -> str:
+        return choose_engine(engine, device, visible_share=visible_share, dim=dim)
+
+    def _packed(self, images: Float[Tensor, "B 3 H W"], active: ActiveSites | None) -> Float[Tensor, "S D"]:
         if active is None:
-            return self._dense(images, None)
-        share = len(active) / max(active.visible.numel(), 1)
-        engine = sparse.choose_engine(self.engine, images.device, visible_share=share, dim=self.dim)
-        return {"spconv": self._spconv, "tiles": self._tiles, "dense": self._dense}[engine](images, active)
-
-    def _spconv(self, images: Tensor, active: ActivePatches) -> Tensor:
-        # spconv has no bf16, and under autocast its functions would fall to fp16: an fp32 (TF32) island.
-        with torch.autocast(images.device.type, enabled=False):
-            x = sparse.to_sparse(images.float(), active)
-            for kernel, pool in zip(self.kernels, self.pools):
-                x = sparse.sparse_relu(sparse.strided_submanifold_conv(x, kernel, active))
-                if pool:
-                    x = sparse.sparse_max_blur_pool(x, active)
-            return x.features
-
-    def _tiles(self, images: Tensor, active: ActivePatches) -> Tensor:
-        p = self.patch_size
-        x = active.gather(images).unflatten(0, (len(active), p, p))
+            engine = Dense(None)
+        else:
+            share = len(active) / max(active.visible.numel(), 1)
+            name = choose_engine(self.engine, images.device, visible_share=share, dim=self.dim)
+            engine = ENGINES[name](active)
+        x = engine.enter(images)
         for kernel, pool in zip(self.kernels, self.pools):
-            x = F.relu(strided_conv_tiles(x, kernel, active))
+            x = engine.relu(engine.conv(x, kernel))
             if pool:
-                x = max_blur_pool_tiles(x, active)
-        return x.flatten(0, 2)
-
-    def _dense(self, images: Tensor, active: ActivePatches | None) -> Tensor:
-        x = hide(images, active).contiguous(memory_format=torch.channels_last)
-        for kernel, pool in zip(self.kernels, self.pools):
-            x = F.relu(dense_strided_conv(x, kernel, active))
-            if pool:
-                x = restrict(max_blur_pool(x), active)
-        return rearrange(x, "b d h w -> (b h w) d") if active is None else active.gather(x)
+                x = engine.pool(x)
+        return engine.leave(x)
 
 
-class PatchEmbed(Tokenizer):
-    """The baseline: one biased convolution with kernel = stride = P, applied to the visible patches only."""
+class PatchTokenizer(Tokenizer):
+    """The baseline: one biased convolution with kernel = stride = P, computed for the visible patches only.
 
-    def __init__(self, dim: int, *, patch_size: int = 16):
-        super().__init__(dim, patch_size)
+    `stem_width` and `engine` have no meaning for it.
+    """
+
+    def __init__(self, dim: int, *, patch_size: int = 16, stem_width: int = 64, engine: str = "auto"):
+        super().__init__(dim, patch_size=patch_size)
         self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
 
-    def _packed(self, images, active):
+    @classmethod
+    def engine_name(cls, engine: str, device: torch.device, *, visible_share: float, dim: int) -> str:
+        return "patch"
+
+    def _packed(self, images: Float[Tensor, "B 3 H W"], active: ActiveSites | None) -> Float[Tensor, "S D"]:
         p = self.patch_size
         patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
         chosen = patches.flatten(0, 1) if active is None else patches[active.image, active.patch]
         return F.linear(chosen, self.proj.weight.flatten(1), self.proj.bias)
+
+
+TOKENIZERS: dict[str, type[Tokenizer]] = {"scott": SparseTokenizer, "patch": PatchTokenizer}
 
 
 def patches_along(side: int, patch_size: int) -> int:

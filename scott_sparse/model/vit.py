@@ -1,11 +1,13 @@
-"""The Vision Transformer around the tokenizer: context encoder and predictor are the same blocks.
+"""The Vision Transformer behind the tokenizer; context encoder and predictor have the same blocks.
 
-Weight compatibility with the paper's code fixes two things a reader would not expect:
-* its block is not pre-norm: the second LayerNorm *overwrites* the residual stream (see `Block`);
-* there is no LayerNorm after the last block, and those inside have no affine parameters.
+Two things differ from the usual ViT, as in the paper's code (arXiv 2502.18056), so that its weights can be loaded:
+* the block is not pre-norm: the second LayerNorm *overwrites* the residual stream (see `Block`);
+* there is no LayerNorm after the last block, and no LayerNorm has affine parameters.
 """
 
 import dataclasses
+import functools
+import itertools
 import math
 
 import torch
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from scott_sparse.model.tokenizer import STAGES, PatchEmbed, SparseTokenizer
+from scott_sparse.model.tokenizer import TOKENIZERS
 from scott_sparse.shapes import Bool, Float, Tensor
 
 SIZES = {  # name: (width D, layers, heads)
@@ -28,7 +30,11 @@ SIZES = {  # name: (width D, layers, heads)
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """What an encoder is made of; saved as JSON beside its weights."""
+    """The architecture of an encoder; saved as JSON beside its weights. Raises ValueError for values out of range.
+
+    `tokenizer` is a name of `tokenizer.TOKENIZERS`, `ffn` is "swiglu" or "mlp"; `stem_width` is read by SCOTT's
+    tokenizer only, `mlp_ratio` by "mlp" only. `registers` is a number of register tokens (arXiv 2309.16588).
+    """
 
     dim: int
     depth: int
@@ -49,23 +55,24 @@ class EncoderConfig:
                 raise ValueError(f"{name} {getattr(self, name)} is outside 1 to {most}.")
         if not 0 <= self.registers <= 1024:
             raise ValueError(f"registers {self.registers} is outside 0 to 1024.")
-        if self.ffn == "mlp" and not 0 < self.mlp_ratio <= 64:  # SwiGLU has no use for it
-            raise ValueError(f"mlp_ratio {self.mlp_ratio} is outside 0 to 64.")
+        if self.ffn == "mlp" and not 1 / self.dim <= self.mlp_ratio <= 64:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} is outside 1 / dim to 64.")
         if self.dim % 4 or self.dim % self.heads:
             raise ValueError(f"dim {self.dim} must be a multiple of 4 and of heads {self.heads}.")
-        if self.tokenizer not in ("scott", "patch"):
-            raise ValueError(f"unknown tokenizer {self.tokenizer!r}; expected 'scott' or 'patch'.")
-        if self.tokenizer == "scott" and self.patch_size not in STAGES:
-            raise ValueError(f"patch_size {self.patch_size} has no SCOTT stem; expected one of {sorted(STAGES)}.")
+        if self.tokenizer not in TOKENIZERS:
+            raise ValueError(f"unknown tokenizer {self.tokenizer!r}; expected one of {', '.join(TOKENIZERS)}.")
+        TOKENIZERS[self.tokenizer].check_patch_size(self.patch_size)
         if self.ffn not in ("swiglu", "mlp"):
             raise ValueError(f"unknown ffn {self.ffn!r}; expected 'swiglu' or 'mlp'.")
+        if self.ffn == "swiglu":
+            check_swiglu(self.dim, self.heads)
         for name in ("dropout", "attention_dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is outside [0, 1).")
 
     @classmethod
     def named(cls, size: str, **fields) -> "EncoderConfig":
-        """A size by name (`SIZES`) with any other field changed. Raises ValueError for an unknown name."""
+        """The config of a size in `SIZES`, with other fields as given. Raises ValueError for an unknown name."""
         if size not in SIZES:
             raise ValueError(f"unknown size {size!r}; expected one of {', '.join(SIZES)}.")
         dim, depth, heads = SIZES[size]
@@ -78,12 +85,9 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig, *, engine: str = "auto"):
         super().__init__()
         self.config = config
-        if config.tokenizer == "scott":
-            self.tokenizer = SparseTokenizer(
-                config.dim, patch_size=config.patch_size, stem_width=config.stem_width, engine=engine
-            )
-        else:
-            self.tokenizer = PatchEmbed(config.dim, patch_size=config.patch_size)
+        self.tokenizer = TOKENIZERS[config.tokenizer](
+            config.dim, patch_size=config.patch_size, stem_width=config.stem_width, engine=engine
+        )
         self.transformer = Transformer(config)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
@@ -98,12 +102,12 @@ class Encoder(nn.Module):
         return self.transformer(tokens, positions(self.tokenizer.grid(images), tokens))
 
     def last_blocks(self, images: Float[Tensor, "B 3 H W"], count: int) -> list[Float[Tensor, "B N D"]]:
-        """Features of whole images after each of the last `count` blocks, the last one last."""
+        """Features of whole images after each of the last `count` blocks, in the order of the blocks."""
         tokens = self.tokenizer(images)
         return self.transformer.last_blocks(tokens, positions(self.tokenizer.grid(images), tokens), count)
 
     def forward_visible(self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]) -> Float[Tensor, "B n D"]:
-        """Features of the visible patches alone, in raster order: no token is spent on what is hidden.
+        """Features of the visible patches only, in raster order; hidden patches are not computed at all.
 
         Every image must have the same number n of visible patches, as `draw_visible` gives; ValueError otherwise.
         """
@@ -112,22 +116,22 @@ class Encoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """The same Transformer on the context features of all N patches, then SiLU, LayerNorm, Linear."""
+    """A Transformer of `depth` blocks on the context features of all N patches, then SiLU, LayerNorm, Linear."""
 
     def __init__(self, config: EncoderConfig, depth: int):
         super().__init__()
         self.transformer = Transformer(dataclasses.replace(config, depth=depth), first_layer=config.depth + 1)
-        self.head = nn.Sequential(nn.SiLU(), nn.LayerNorm(config.dim), nn.Linear(config.dim, config.dim))
-        init_linear(self.head[-1])
+        self.head = nn.Sequential(nn.SiLU(), nn.LayerNorm(config.dim), init_linear(nn.Linear(config.dim, config.dim)))
 
     def forward(self, features: Float[Tensor, "B N D"], grid: tuple[int, int]) -> Float[Tensor, "B N D"]:
         return self.head(self.transformer(features, positions(grid, features)))
 
 
 class Transformer(nn.Module):
-    """Registers in front, positions added, blocks, registers dropped.
+    """Add positions, put the registers in front, apply the blocks, drop the registers.
 
-    `first_layer` > 1 marks a predictor, whose layers count on from the backbone's in the initialisation.
+    The last weights of each branch are scaled down with the index of their layer. `first_layer` > 1 marks a predictor,
+    whose layers are scaled once more, counted on from those of the encoder, as in the paper's code.
     """
 
     def __init__(self, config: EncoderConfig, *, first_layer: int = 1):
@@ -138,12 +142,13 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         # Stochastic depth grows linearly with the layer (arXiv 1603.09382).
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
-        for layer, block in enumerate(self.blocks):
+        blocks = [Block(config, rate) for rate in rates]
+        for layer, block in enumerate(blocks):
             for last in (block.attention.proj, block.ffn.out):
                 last.weight.data /= math.sqrt(2 * (layer + 1))
                 if first_layer > 1:
                     last.weight.data /= math.sqrt(2 * (layer + first_layer))
+        self.blocks = nn.ModuleList(blocks)
 
     def forward(self, tokens: Float[Tensor, "B n D"], pos: Float[Tensor, "*B n D"]) -> Float[Tensor, "B n D"]:
         return self.last_blocks(tokens, pos, 1)[0]
@@ -151,22 +156,23 @@ class Transformer(nn.Module):
     def last_blocks(
         self, tokens: Float[Tensor, "B n D"], pos: Float[Tensor, "*B n D"], count: int
     ) -> list[Float[Tensor, "B n D"]]:
+        """The patch features after each of the last `count` blocks."""
         x = tokens + pos
-        extra = 0
+        registers = 0
         if self.registers is not None:
-            extra = self.registers.shape[1]
+            registers = self.registers.shape[1]
             x = torch.cat([self.registers.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
         x = self.dropout(x)
         outputs = []
         for layer, block in enumerate(self.blocks):
             x = block(x)
             if layer >= len(self.blocks) - count:
-                outputs.append(x[:, extra:])
+                outputs.append(x[:, registers:])
         return outputs
 
 
 class Block(nn.Module):
-    """x = x + attn(LN(x)); x = LN(x); x = x + ffn(x): as in the paper's code, not standard pre-norm."""
+    """x = x + attention(LN(x)); x = LN(x); x = x + ffn(x): as in the paper's code, not the usual pre-norm."""
 
     def __init__(self, config: EncoderConfig, drop_path: float):
         super().__init__()
@@ -187,6 +193,8 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention (arXiv 1706.03762) without biases."""
+
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.heads, self.attention_dropout = config.heads, config.attention_dropout
@@ -206,17 +214,17 @@ class Attention(nn.Module):
 def _attend_by_products(
     q: Float[Tensor, "B h n d"], k: Float[Tensor, "B h n d"], v: Float[Tensor, "B h n d"], *, dropout_p: float
 ) -> Float[Tensor, "B h n d"]:
-    """Attention as two products: in bf16 on a CPU PyTorch's kernels take 2 to 12 times as long, mostly backward."""
+    """Attention as two matrix products: in bf16 on a CPU PyTorch's own kernels take 2 to 12 times as long."""
     weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
     return F.dropout(weights, dropout_p) @ v
 
 
 class SwiGLU(nn.Module):
-    """silu(x1) * x2 from one fused linear (arXiv 2002.05202), hidden width 8/3 D rounded to a multiple of 128."""
+    """silu(x W) * (x V), with W and V in one matrix, then a linear layer back to D (arXiv 2002.05202)."""
 
     def __init__(self, dim: int):
         super().__init__()
-        hidden = 128 * round(8 / 3 * dim / 128)
+        hidden = swiglu_width(dim)
         self.fused = init_linear(nn.Linear(dim, 2 * hidden, bias=False))
         self.out = init_linear(nn.Linear(hidden, dim, bias=False))
 
@@ -225,7 +233,22 @@ class SwiGLU(nn.Module):
         return self.out(F.silu(gate) * value)
 
 
+def swiglu_width(dim: int) -> int:
+    """Hidden width of SwiGLU: 8/3 D, rounded to a multiple of 128 as in the paper's code; 0 for D up to 24."""
+    return 128 * round(8 / 3 * dim / 128)
+
+
+def check_swiglu(dim: int, heads: int) -> None:
+    """Raises ValueError where SwiGLU has no hidden unit, naming the smallest dim that works with so many heads."""
+    if swiglu_width(dim) == 0:
+        step = math.lcm(4, heads)
+        least = next(wider for wider in itertools.count(step, step) if swiglu_width(wider))
+        raise ValueError(f"dim {dim} gives SwiGLU a hidden width of 0; use dim {least} or more, or ffn 'mlp'.")
+
+
 class MLP(nn.Module):
+    """Linear, GELU, linear, without biases; hidden width ratio * D."""
+
     def __init__(self, dim: int, ratio: float):
         super().__init__()
         self.fused = init_linear(nn.Linear(dim, int(ratio * dim), bias=False))
@@ -243,20 +266,32 @@ def layer_norm(x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
 def positions(grid: tuple[int, int], like: Float[Tensor, "*B D"]) -> Float[Tensor, "N D"]:
     """Fixed 2-D sine-cosine positions: the first half of D encodes the row, the second half the column.
 
-    Each half is [sin, cos] of index / 10000**(i / (D/4)), i = 0 .. D/4 - 1 (arXiv 1706.03762, 2111.06377).
+    Each half is [sin, cos] of index / 10000**(i / (D/4)), i = 0 .. D/4 - 1 (arXiv 1706.03762, 2111.06377). Device and
+    dtype are those of `like`.
     """
-    dim, device = like.shape[-1], like.device
-    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4))
-    axes = []
-    for length in grid:
-        angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * omega
-        axes.append(torch.cat([angle.sin(), angle.cos()], dim=1))
-    rows = repeat(axes[0], "h d -> (h w) d", w=grid[1])
-    columns = repeat(axes[1], "w d -> (h w) d", h=grid[0])
-    return torch.cat([rows, columns], dim=1).to(like.dtype)
+    # A tensor that is computed while a graph is traced must not be kept beyond the trace.
+    traced = torch.compiler.is_compiling() or type(like) is not Tensor
+    axis = axis_positions if traced else cached_axis_positions
+    rows, columns = (axis(length, like.shape[-1] // 4, like.dtype, like.device) for length in grid)
+    rows = repeat(rows, "h d -> (h w) d", w=grid[1])
+    return torch.cat([rows, repeat(columns, "w d -> (h w) d", h=grid[0])], dim=1)
+
+
+def axis_positions(length: int, frequencies: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "n d"]:
+    """[sin, cos] of each index along one axis, d = 2 * frequencies; in float64 on the CPU, as MPS has no float64."""
+    omega = 10000.0 ** (-torch.arange(frequencies, dtype=torch.float64, device="cpu") / frequencies)
+    angle = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * omega
+    return torch.cat([angle.sin(), angle.cos()], dim=1).to(dtype).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def cached_axis_positions(*arguments) -> Float[Tensor, "n d"]:
+    with torch.inference_mode(False):  # else training could not use what an evaluation computed first
+        return axis_positions(*arguments)
 
 
 def init_linear(linear: nn.Linear) -> nn.Linear:
+    """Initialise in place: weights from a normal truncated at two units, standard deviation 0.02; biases 0."""
     nn.init.trunc_normal_(linear.weight, std=0.02)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)

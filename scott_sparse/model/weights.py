@@ -1,14 +1,15 @@
-"""Encoders on disk, loaded strictly; and the paper's checkpoints.
+"""Encoders on disk, and the state dicts of the paper's code.
 
 encoder = load_encoder("runs/demo")        # or a Hugging Face Hub repository, "owner/name"
 
-A run folder has the target encoder, the one to use, in `encoder.safetensors`, the context encoder that it follows in
-`context.safetensors`, and what both are made of in `encoder.json`.
+A run folder has the target encoder, the one to use, in `encoder.safetensors`, the context encoder that the target
+follows in `context.safetensors`, and their config in `encoder.json`.
 """
 
 import dataclasses
 import re
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 from safetensors.torch import save
@@ -34,7 +35,7 @@ _FROM_PAPER = (  # (pattern in the paper's state dict, our name)
 
 
 def save_encoder(encoder: Encoder, folder: str | Path, *, weights: str = "target") -> None:
-    """Write weights ("target" or "context") and config into `folder`, each beside its name first and then renamed."""
+    """Write config and weights into `folder`, as its "target" or "context" encoder; each file is written atomically."""
     folder = Path(folder)
     state = save({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()})
     write_atomically(folder / WEIGHTS[weights], state)
@@ -44,8 +45,8 @@ def save_encoder(encoder: Encoder, folder: str | Path, *, weights: str = "target
 def load_encoder(source: str | Path, *, weights: str = "target", engine: str = "auto") -> Encoder:
     """The "target" or "context" encoder of a run folder, or of a Hub repository `owner/name`, in eval mode on the CPU.
 
-    Raises ValueError where there is none, and where names, shapes or dtypes do not match the config: a load that does
-    not fit stops, it never leaves random weights behind. Files may come from strangers (`scott_sparse.files`).
+    Raises ValueError where there is none, and where names, shapes or dtypes do not match the config: no parameter keeps
+    a random value. The files need not be trusted, nothing in them is executed (`scott_sparse.files`).
     """
     folder = Path(source)
     if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not folder.parent.is_dir():
@@ -56,20 +57,19 @@ def load_encoder(source: str | Path, *, weights: str = "target", engine: str = "
         if not (folder / name).is_file():
             raise ValueError(f"no encoder in {source}: expected {WEIGHTS[weights]} and {CONFIG}; {name} is missing.")
     config = read_config(folder / CONFIG)
-    with torch.device("meta"):  # nothing of a size that a config claims is allocated before the weights are there
+    with torch.device("meta"):  # a config may claim any size; memory is allocated for weights that are there
         encoder = Encoder(config, engine=engine)
     load_strictly(encoder, folder / WEIGHTS[weights])
     return encoder.eval()
 
 
 def read_config(path: Path) -> EncoderConfig:
-    """What an encoder is made of. Raises ValueError for unknown fields and for values that make no encoder."""
-    fields = read_json(path)
-    known = {field.name: field for field in dataclasses.fields(EncoderConfig)}
+    """The config in an encoder.json. Raises ValueError for unknown or missing fields, wrong types and wrong values."""
+    fields, kinds = read_json(path), get_type_hints(EncoderConfig)
     for name, value in fields.items():
-        if name not in known:
-            raise ValueError(f"{path}: unknown field {name[:40]!r}; expected some of {', '.join(known)}.")
-        kind = known[name].type
+        if name not in kinds:
+            raise ValueError(f"{path}: unknown field {name[:40]!r}; expected some of {', '.join(kinds)}.")
+        kind = kinds[name]
         if kind is float and type(value) is int and abs(value) < 1000:
             fields[name] = value = float(value)  # JSON does not tell 4 from 4.0
         if type(value) is not kind:
@@ -81,10 +81,10 @@ def read_config(path: Path) -> EncoderConfig:
 
 
 def from_paper_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the state dict of the paper's code (context encoder, target encoder or predictor) to ours.
+    """A state dict of the paper's code (context encoder, target encoder or predictor) under the names of this package.
 
-    Positions are computed here, not stored. The predictor's unused `msk_embed` is dropped. Raises ValueError for any
-    name that is none of the paper's.
+    Dropped: positions, which are computed here, and the predictor's unused `msk_embed`. Raises ValueError for a name
+    that the paper's code does not have.
     """
     is_predictor = any(name.startswith("head.") for name in state)
     renamed = {}

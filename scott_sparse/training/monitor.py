@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from scott_sparse.data.dataset import Images
+from scott_sparse.data.images import Images
 from scott_sparse.distributed import all_mean_with_grad
 from scott_sparse.evaluation.encoders import FrozenEncoder
 from scott_sparse.evaluation.features import extract

@@ -36,12 +36,12 @@ class Recipe:
     """Depth and width of the encoder: demo, tiny, small, paper, base or large."""
     patch_size: int = 16
     """Side of a patch, which becomes one token, in pixels."""
-    tokenizer: Annotated[Literal["scott", "patch"], ADVANCED] = "scott"
+    tokenizer: Annotated[str, ADVANCED] = "scott"
     """scott: the sparse convolutional stem. patch: one linear layer per patch, as in a plain ViT."""
     stem_width: Annotated[int, ADVANCED] = 64
     """Channels of the sparse convolutional stem's first layer."""
-    engine: Annotated[Literal["auto", "spconv", "tiles", "dense"], ADVANCED] = "auto"
-    """What computes the sparse stem; the result is the same. auto: the fastest for this device and --hide-ratio."""
+    engine: Annotated[str, ADVANCED] = "auto"
+    """What computes the sparse stem, with equal results: dense, halo, spconv, or auto, the fastest of them here."""
     ffn: Annotated[Literal["swiglu", "mlp"], ADVANCED] = "swiglu"
     """Feed-forward layers of the encoder's blocks."""
     registers: Annotated[int, ADVANCED] = 0
@@ -134,10 +134,13 @@ class Recipe:
             raise ValueError(f"ema_momentum {self.ema_momentum} must lie in [0, 1].")
         self.encoder  # noqa: B018 - validates size, tokenizer and rates
         visible_count(self.grid[0] * self.grid[1], self.hide_ratio)
-        if self.objective.invariance and self.views.crops < 2:
-            raise ValueError(f"invariance compares views of one image, got crops {self.views.crops}; use --crops 2.")
-        if self.objective.spread == "contrast" and self.batch_size < 2 * self.accumulate:
-            raise ValueError(f"contrast needs other images, got batch_size {self.batch_size}; use 2 or more at a time.")
+        if self.objective.cross_crop_weight and self.views.crops < 2:
+            raise ValueError(
+                f"cross_crop_weight {self.objective.cross_crop_weight:g} compares crops of an image, but crops is "
+                f"{self.views.crops}; use --crops 2 or --cross-crop-weight 0."
+            )
+        if "ntxent" in self.objective.weights and self.batch_size < 2:
+            raise ValueError(f"ntxent compares images, but batch_size is {self.batch_size}; use 2 or more.")
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -197,7 +200,7 @@ SMALL_DATA = Recipe(
     patch_size=8,
     stem_width=32,
     hide_ratio=0.75,
-    objective=ObjectiveConfig(predictor_depth=1, context="visible", invariance=0.5),
+    objective=ObjectiveConfig(predictor_depth=1, context="visible", cross_crop_weight=0.5),
     views=ViewConfig(crops=8, colour=0.0),
     epochs=24.0,
     lr=3e-3,
@@ -222,8 +225,8 @@ DEMO = dataclasses.replace(
 )
 
 RECIPES = {
-    "demo": ("MIM-JEPA with contrast of crops on petals at 48 px: five minutes on two CPU cores", DEMO),
-    "small-data": ("MIM-JEPA with contrast of eight crops at 64 px; what a plain --data FOLDER runs", SMALL_DATA),
+    "demo": ("MIM-JEPA and NT-Xent of six crops on petals at 48 px: five minutes on two CPU cores", DEMO),
+    "small-data": ("MIM-JEPA and NT-Xent of eight crops at 64 px; what a plain --data FOLDER runs", SMALL_DATA),
     "flowers102": ("the paper's recipe as published, and its data set: 224 px, 300 epochs", FLOWERS102),
 }
 
@@ -267,6 +270,7 @@ def parse(arguments: list[str]) -> tuple[str, Recipe]:
     except ValueError as mistake:
         _refuse_old_flags(arguments)
         raise mistake
+    recipe.objective.refuse_ignored(vars(default.objective))
     recipe.validate()
     return name, recipe
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from scott_sparse.data.dataset import Data, save_digests, unreadable_lines
+from scott_sparse.data.dataset import Data, unreadable_lines
+from scott_sparse.data.splits import save_digests
 from scott_sparse.files import read_json, write_json
 from scott_sparse.model.weights import CONFIG, WEIGHTS
 from scott_sparse.training.checkpoint import check, checkpoints, newest_valid, read_state

@@ -22,9 +22,9 @@ from scott_sparse.data.batches import Batch, Batches, default_workers, load
 from scott_sparse.data.dataset import Data, open_data, short_side_for
 from scott_sparse.distributed import full_state_dict, main_then_broadcast, on_all_processes
 from scott_sparse.files import write_json
-from scott_sparse.model.engines.spconv import choose_engine
 from scott_sparse.model.jepa import MIMJEPA, make_target
-from scott_sparse.model.losses import draw_directions
+from scott_sparse.model.losses import draw_projections
+from scott_sparse.model.tokenizer import TOKENIZERS
 from scott_sparse.model.vit import Encoder
 from scott_sparse.model.weights import save_encoder
 from scott_sparse.randomness import generator_at
@@ -203,17 +203,17 @@ def _accelerator(recipe: Recipe, out: Path) -> Accelerator:
 
 def _engine(recipe: Recipe, device: torch.device) -> str:
     """What computes the context encoder's tokens. Raises ValueError if it cannot work on `device`."""
-    if recipe.tokenizer == "patch":
-        return "patch"
-    return choose_engine(recipe.engine, device, visible_share=1 - recipe.hide_ratio, dim=recipe.encoder.dim)
+    tokenizer, share = TOKENIZERS[recipe.tokenizer], 1 - recipe.hide_ratio
+    return tokenizer.engine_name(recipe.engine, device, visible_share=share, dim=recipe.encoder.dim)
 
 
-def directions_at(recipe: Recipe, step: int, device: torch.device) -> Float[Tensor, "E M"] | None:
-    """SIGReg's random directions of a step, the same for all processes and crops; None if SIGReg is off."""
-    if not recipe.objective.invariance or recipe.objective.spread != "sigreg":
+def projections_at(recipe: Recipe, step: int, device: torch.device) -> Float[Tensor, "E M"] | None:
+    """SIGReg's random projections of a step, the same for all processes and crops; None if SIGReg is off."""
+    objective = recipe.objective
+    if "sigreg" not in objective.weights:
         return None
     generator = generator_at(recipe.seed, "directions", step)
-    return draw_directions(recipe.objective.projector[1], recipe.objective.directions, generator=generator).to(device)
+    return draw_projections(objective.projector[1], objective.sigreg_projections, generator=generator).to(device)
 
 
 def peak_memory_mib(device: torch.device) -> int:

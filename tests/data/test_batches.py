@@ -1,4 +1,4 @@
-"""A batch is a function of (seed, step): of neither processes nor workers."""
+"""A batch is a function of (seed, step), whatever the number of processes and workers."""
 
 import dataclasses
 
@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from scott_sparse.data.batches import Batches, load
-from scott_sparse.data.dataset import DataConfig, Images, open_data
+from scott_sparse.data.dataset import DataConfig, open_data
+from scott_sparse.data.images import Images
 from scott_sparse.data.views import ViewConfig, make_views
 from scott_sparse.randomness import batch_indices, generator_at
 
 
 def make(images, **changes):
-    settings = {"grid": (4, 4), "hide_ratio": 0.5, "mask": "block", "batch_size": 8, "seed": 3}
+    settings = {"grid": (4, 4), "hide_ratio": 0.5, "mask_shape": "block", "batch_size": 8, "seed": 3}
     return Batches(images, ViewConfig(crops=2), **{**settings, **changes})
 
 
@@ -24,10 +25,10 @@ def images():
 
 
 def rows(parts):
-    """Each image's crops at their true size, masks and views: what a row is, whatever it is batched with."""
+    """Each image's crops without padding, masks and views: they do not depend on the rest of the batch."""
     for part in parts:
         for i, boxes in enumerate(part.views.boxes):
-            crops = [cut[:h, :w] for cut, (_, _, h, w) in zip(part.cuts[i], boxes.tolist())]
+            crops = [crop[:h, :w] for crop, (_, _, h, w) in zip(part.crops[i], boxes.tolist())]
             yield [*crops, part.visible[i], part.views.flip[i], part.views.ops[i], part.views.amounts[i]]
 
 
@@ -47,7 +48,7 @@ def test_any_number_of_processes_gets_the_same_global_batch(processes, accumulat
         same(rows(whole), rows(part for parts in zip(*shares) for part in parts))
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_any_number_of_workers_gives_the_same_batches_in_order(workers, photos, tmp_path):
     for cache in ("disk", "none"):
         root = photos({"a": 10, "b": 10})
@@ -71,17 +72,17 @@ def test_a_batch_makes_views_of_the_right_images(images):
     batches = make(images)
     (part,) = batches[2]
     indices = batch_indices(2, images=30, batch=8, seed=3)
-    context, target = make_views(part.cuts, part.views, size=(16, 16))
+    context, target = make_views(part.crops, part.views, size=(16, 16))
     assert context.shape == (8, 2, 3, 16, 16) and target.shape == (8, 3, 16, 16)
     top, left, height, width = part.views.boxes[5, 1].tolist()
     box = images.read(int(indices[5]))[top : top + height, left : left + width]
-    assert torch.equal(part.cuts[5, 1, :height, :width], torch.tensor(box))
+    assert torch.equal(part.crops[5, 1, :height, :width], torch.tensor(box))
 
 
 def test_a_very_long_image_does_not_widen_the_batch(images):
     long = Images.of([torch.zeros(1, 5000, 3).byte(), *(torch.zeros(40, 40, 3).byte() for _ in range(29))])
     (part,) = make(long, batch_size=30)[0]
-    assert part.cuts.shape[2] <= 40 and part.cuts.shape[3] <= 40
+    assert part.crops.shape[2] <= 40 and part.crops.shape[3] <= 40
 
 
 def test_a_failing_worker_says_what_it_could_not_read(photos, tmp_path):
@@ -90,8 +91,10 @@ def test_a_failing_worker_says_what_it_could_not_read(photos, tmp_path):
     batches = make(open_data(config, short_side=40).pretrain)
     for file in (root / "a").iterdir():
         file.unlink()
+    loader = load(batches, range(4), workers=2, pin=False)
     with pytest.raises(ValueError, match=r"a/\d\.png could be read when the run began, and now: "):
-        list(load(batches, range(4), workers=2, pin=False))
+        list(loader)
+    loader._shutdown_workers()  # else a garbage collection in some later test waits for them
 
 
 def test_an_epoch_sees_every_image_once_and_is_a_function_of_seed_and_step():
@@ -113,4 +116,4 @@ def test_streams_are_unrelated():
 
 def test_pinning_keeps_what_the_cpu_reads(images):
     (part,) = make(images)[0]
-    assert {field.name for field in dataclasses.fields(part)} == {"cuts", "views", "visible"}
+    assert {field.name for field in dataclasses.fields(part)} == {"crops", "views", "visible"}

@@ -1,4 +1,4 @@
-"""Published sets: their layouts in miniature, their official splits, and what is said where they are missing."""
+"""Published data sets: small copies of their layouts, their official splits, and errors that say what is missing."""
 
 import builtins
 import importlib.util
@@ -11,7 +11,7 @@ from conftest import write_photo
 from PIL import Image
 from scipy.io import savemat
 
-from scott_sparse.data.builtin import IMAGENET100, NAMED
+from scott_sparse.data.builtin import IMAGENET100, TORCHVISION_SETS
 from scott_sparse.data.dataset import DataConfig, find_source, open_data
 
 
@@ -143,24 +143,24 @@ class Arrays:
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "fashion-mnist"])
 def test_sets_of_arrays(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(tv, NAMED[name].dataset, Arrays)
+    monkeypatch.setattr(tv, TORCHVISION_SETS[name].dataset, Arrays)
     source = find_source(name, root=tmp_path)
     assert sizes(source) == {"train": 10, "test": 4} | ({"unlabelled": 6} if name == "stl10" else {})
     data = open_data(DataConfig(data=name, data_root=tmp_path, cache_dir=tmp_path), short_side=28)
     assert len(data.pretrain) == 10 + 6 * (name == "stl10") and len(data.test) == 4
     assert data.test.names == [f"test/{i}" for i in range(4)]
-    pixels = data.test.cut(torch.tensor([3]), torch.tensor([[[0, 0, 28, 28]]]))
+    pixels = data.test.crop(torch.tensor([3]), torch.tensor([[[0, 0, 28, 28]]]))
     assert (pixels == 30).all() and data.test.labels.tolist() == [0, 1, 0, 1]
     assert min(data.train.labels) == 0
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", TORCHVISION_SETS)
 def test_a_set_that_is_not_there_says_what_to_put_where(name, tmp_path):
     with pytest.raises(ValueError) as error:
         find_source(name, root=tmp_path)
     message = str(error.value)
-    assert f"--data {name} is not whole in {tmp_path / NAMED[name].folder}" in message
-    assert NAMED[name].contents in message and "--data-root" in message and "no network" in message
+    assert f"--data {name} is not complete in {tmp_path / TORCHVISION_SETS[name].folder}" in message
+    assert TORCHVISION_SETS[name].contents in message and "--data-root" in message and "no network" in message
 
 
 def test_elpv(tmp_path, monkeypatch):
@@ -228,7 +228,7 @@ def test_hugging_face_parquet_with_bytes_and_hidden_labels(hub, tmp_path):
     source = find_source(f"hf:{tmp_path / 'set'}", root=tmp_path)
     assert sizes(source) == {"train": 6, "test": 4, "unlabelled": 3} and source.classes == ("x", "y")
     data = open_data(DataConfig(data=f"hf:{tmp_path / 'set'}", cache_dir=tmp_path), short_side=8)
-    assert data.test.cut(torch.tensor([2]), torch.tensor([[[0, 0, 9, 8]]]))[0, 0, 0, 0].tolist() == [2, 0, 0]
+    assert data.test.crop(torch.tensor([2]), torch.tensor([[[0, 0, 9, 8]]]))[0, 0, 0, 0].tolist() == [2, 0, 0]
     assert len(data.pretrain) == 9
 
 

@@ -1,5 +1,7 @@
-"""Decoded once: what is kept is what was decoded, and what is stale or torn is made anew."""
+"""Cache files hold what was decoded; stale and torn ones are replaced; errors are reported for what failed."""
 
+import dataclasses
+import errno
 import multiprocessing
 import os
 import pickle
@@ -16,8 +18,10 @@ from scott_sparse.data.sources import folder_source
 
 
 def decode_folder(root, kept, **changes):
-    settings = {"title": "photos", "short_side": 32, "keep_pixels": True, "read_ahead": 2**20, "folder": kept}
-    return decode_once(folder_source(root), **{**settings, **changes})
+    settings = {"title": "photos", "short_side": 32, "keep_pixels": True, "read_ahead_bytes": 2**20, "folder": kept}
+    images, unreadable = decode_once(folder_source(root), **{**settings, **changes})
+    assert not unreadable
+    return images
 
 
 @pytest.fixture
@@ -31,10 +35,10 @@ def counted(monkeypatch):
 def test_what_is_kept_is_what_was_decoded(photos, tmp_path, counted):
     root = photos({"a": 3, "b": 2})
     first = decode_folder(root, tmp_path / "kept")
-    assert len(counted) == 5 and not first.unreadable
+    assert len(counted) == 5
     again = decode_folder(root, tmp_path / "kept")
     assert len(counted) == 5
-    for i, path in enumerate(folder_source(root).pictures):
+    for i, path in enumerate(folder_source(root).files):
         expected = decode(path, 32)
         assert torch.equal(torch.tensor(again.read(i)), expected)
         assert again.sizes[i].tolist() == list(expected.shape[:2])
@@ -70,7 +74,7 @@ def test_a_stale_file_is_made_anew(change, photos, tmp_path, counted):
     CHANGES[change](root / "a" / "0.png")
     counted.clear()
     decoded = decode_folder(root, tmp_path / "kept")
-    assert len(counted) == len(decoded.sizes) == len(folder_source(root).pictures)
+    assert len(counted) == len(decoded.sizes) == len(folder_source(root).names)
     assert len(list((tmp_path / "kept").glob("*.images"))) == 1  # in the place of the stale one
 
 
@@ -166,6 +170,20 @@ def test_a_full_disk_is_named_and_left_clean(photos, tmp_path):
             decode_folder(root, tmp_path / "kept")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "kept").glob("*.images")) and not list((tmp_path / "kept").glob("*.partial"))
+
+
+def test_an_error_of_the_source_is_not_blamed_on_the_cache(photos, tmp_path):
+    source = folder_source(photos({"a": 3}))
+
+    def picture(i):
+        if i == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "/mnt/shard-7.arrow")
+        return source.picture(i)
+
+    failing = dataclasses.replace(source, picture=picture)
+    with pytest.raises(ValueError, match=r"a/1\.png cannot be read: .*Input/output error: '/mnt/shard-7\.arrow'"):
+        decode_once(failing, title="x", short_side=32, keep_pixels=True, folder=tmp_path / "kept", read_ahead_bytes=0)
     assert not list((tmp_path / "kept").glob("*.images")) and not list((tmp_path / "kept").glob("*.partial"))
 
 

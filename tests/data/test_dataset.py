@@ -1,17 +1,19 @@
-"""Folders in their forms, honest splits, and one clear line for each mistake."""
+"""Data sets as they are opened: layouts, roles, what identifies images, and one clear line for each mistake."""
 
-import itertools
 import json
 import os
+import pickle
 
-import numpy as np
 import pytest
 import torch
 from conftest import write_photo
 from PIL import Image
 
-from scott_sparse.data.dataset import DataConfig, Images, UnreadableImages, open_data, select
-from scott_sparse.data.petals import CLASSES
+from scott_sparse.data import petals
+from scott_sparse.data.dataset import DataConfig, UnreadableImages, open_data
+from scott_sparse.data.decode import pixel_digest
+from scott_sparse.data.images import Images
+from scott_sparse.data.splits import load_digests, save_digests
 
 
 def opened(root, tmp_path, *, short_side=32, **config):
@@ -23,7 +25,7 @@ def counts(data):
 
 
 FORMS = {
-    # name: folders, then images to pretrain on, fit, choose and report with in the clean and in the paper protocol
+    # name: folders, then numbers of images to pretrain, train, validate and test on under clean and under paper
     "train, val, test": (
         {"train/a": 5, "train/b": 4, "val/a": 2, "val/b": 2, "test/a": 3, "test/b": 1},
         (13, 9, 4, 4),
@@ -50,42 +52,6 @@ def test_forms_and_protocols(form, photos, tmp_path):
     assert data.test_duplicates == 0 and data.unreadable == {}
 
 
-PUBLISHED = [("train",), ("train", "test"), ("train", "val", "test"), ("train", "unlabelled")]
-
-
-@pytest.mark.parametrize("published", PUBLISHED)
-def test_protocols_keep_splits_apart(published):
-    """Clean: nobody but the report sees a test image, and choices are made on images that no probe was fitted on."""
-    labels = [i % 7 for i in range(700)]
-    names = [f"{i}.jpg" for i in range(700)]
-    bounds = [700 * i // len(published) for i in range(len(published) + 1)]
-    splits = {name: range(*pair) for name, pair in zip(published, itertools.pairwise(bounds))}
-    clean = {role: set(part) for role, part in select("clean", splits, names, labels).items()}
-    assert not clean["test"] & (clean["pretrain"] | clean["train"] | clean["val"])
-    assert not clean["train"] & clean["val"] and clean["train"] | clean["val"] <= clean["pretrain"]
-    assert clean["pretrain"] | clean["test"] == set(range(700))
-    paper = {role: set(part) for role, part in select("paper", splits, names, labels).items()}
-    assert paper["pretrain"] == set(range(700)) and not paper["train"] & paper["test"]
-    assert paper["val"] == (set(splits["val"]) if "val" in splits else paper["test"])
-    assert paper["val"] <= paper["train"] or "val" not in splits
-
-
-def test_a_tenth_is_stratified_and_depends_on_names_alone():
-    names, labels = [f"c{i % 3}/{i}.jpg" for i in range(300)], [i % 3 for i in range(300)]
-    first = select("clean", {"train": range(300)}, names, labels)
-    assert np.bincount([labels[i] for i in first["test"]]).tolist() == [10, 10, 10]
-    assert np.bincount([labels[i] for i in first["val"]]).tolist() == [9, 9, 9]
-    order = torch.randperm(300).tolist()
-    again = select("clean", {"train": range(300)}, [names[i] for i in order], [labels[i] for i in order])
-    for role in ("train", "val", "test"):
-        assert {names[i] for i in first[role]} == {names[order[i]] for i in again[role]}
-    # Pinned: the same images on every machine, for ever.
-    assert sorted(names[i] for i in first["test"] if labels[i] == 0)[:3] == PINNED
-
-
-PINNED = ["c0/117.jpg", "c0/156.jpg", "c0/18.jpg"]
-
-
 def test_images_are_shrunk_to_the_short_side(tmp_path):
     write_photo(tmp_path / "x" / "0.png", 200, 100)
     write_photo(tmp_path / "x" / "1.png", 30, 40)
@@ -93,38 +59,68 @@ def test_images_are_shrunk_to_the_short_side(tmp_path):
     assert data.pretrain.sizes.tolist() == [[100, 50], [30, 40]]
 
 
-def test_cut_returns_the_boxes_padded():
+def test_crop_returns_the_boxes_padded():
     images = [torch.randint(0, 256, (h, w, 3)).byte() for h, w in ((4, 5), (7, 3), (1, 5000))]
     boxes = torch.tensor([[[0, 7, 1, 4], [0, 0, 1, 1]], [[2, 1, 5, 2], [0, 0, 7, 3]]])
-    cuts = Images.of(images).cut(torch.tensor([2, 1]), boxes)
-    assert cuts.shape == (2, 2, 7, 4, 3)  # as large as the largest box, not as the largest image
-    for row, image, of_image in zip(cuts, (images[2], images[1]), boxes.tolist()):
-        for cut, (top, left, height, width) in zip(row, of_image):
-            assert torch.equal(cut[:height, :width], image[top : top + height, left : left + width])
-            assert not cut[height:].any() and not cut[:, width:].any()
+    crops = Images.of(images).crop(torch.tensor([2, 1]), boxes)
+    assert crops.shape == (2, 2, 7, 4, 3)  # as large as the largest box, not as the largest image
+    for image_crops, image, image_boxes in zip(crops, (images[2], images[1]), boxes.tolist()):
+        for crop, (top, left, height, width) in zip(image_crops, image_boxes):
+            assert torch.equal(crop[:height, :width], image[top : top + height, left : left + width])
+            assert not crop[height:].any() and not crop[:, width:].any()
 
 
 def test_a_part_of_the_images_is_their_rows():
     images = Images.of([torch.full((2, i + 1, 3), i).byte() for i in range(5)], torch.arange(5))
     part = images[torch.tensor([4, 1])][torch.tensor([1, 0])]
     assert part.labels.tolist() == [1, 4] and part.names == ["1", "4"] and part.sizes.tolist() == [[2, 2], [2, 5]]
-    assert (part.cut(torch.tensor([1]), torch.tensor([[[0, 0, 2, 5]]])) == 4).all()
+    assert (part.crop(torch.tensor([1]), torch.tensor([[[0, 0, 2, 5]]])) == 4).all()
+    assert part.digests.tolist() == [pixel_digest(part.read(row)) for row in (1, 4)]
 
 
 @pytest.mark.parametrize("cache", ["disk", "none"])
 def test_decoded_in_advance_or_when_asked_for_is_the_same(cache, photos, tmp_path):
     data = opened(photos({"a": 12, "b": 12}), tmp_path, cache=cache)
     boxes = torch.tensor([[[0, 0, 20, 20]]]).expand(len(data.pretrain), 1, 4)
-    pixels = data.pretrain.cut(torch.arange(len(data.pretrain)), boxes)
+    pixels = data.pretrain.crop(torch.arange(len(data.pretrain)), boxes)
     other = opened(tmp_path / "photos", tmp_path)
-    assert torch.equal(pixels, other.pretrain.cut(torch.arange(len(other.pretrain)), boxes))
+    assert torch.equal(pixels, other.pretrain.crop(torch.arange(len(other.pretrain)), boxes))
     assert data.fingerprint == other.fingerprint
 
 
-def test_petals(tmp_path):
-    data = open_data(DataConfig(data="petals"), short_side=96)
-    assert counts(data) == [5000, 4000, 1000, 1000] and data.classes == CLASSES
-    assert data.test.labels.bincount().tolist() == [40] * 25
+@pytest.fixture
+def few_petals(monkeypatch):
+    monkeypatch.setattr(petals, "SPLIT_SIZES", {"train": 50, "val": 25, "test": 30})
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+def test_petals(cache, few_petals, tmp_path):
+    data = open_data(DataConfig(data="petals", cache=cache, cache_dir=tmp_path), short_side=40)
+    assert counts(data) == [75, 50, 25, 30] and data.classes == petals.CLASSES and data.test_duplicates == 0
+    assert data.test.labels.tolist() == [i % 25 for i in range(30)]
+    images, _, _ = petals.render(range(30), split="test", size=64)
+    boxes = torch.tensor([0, 0, 64, 64]).expand(30, 1, 4)
+    assert torch.equal(data.test.crop(torch.arange(30), boxes)[:, 0], images.permute(0, 2, 3, 1))
+    assert data.test.digests.tolist() == [pixel_digest(image) for image in images.permute(0, 2, 3, 1).numpy()]
+
+
+def test_pretrained_images_are_recognised_in_another_folder(photos, tmp_path):
+    data = opened(photos({"train/a": 5, "train/b": 5, "test/a": 3, "test/b": 3}), tmp_path)
+    assert load_digests(tmp_path) is None
+    save_digests(tmp_path, data.pretrain)
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    again, known = opened(tmp_path / "moved", tmp_path), load_digests(tmp_path)
+    assert torch.equal(known, data.pretrain.digests) and len(known.unique()) == 10
+    assert torch.isin(again.train.digests, known).all() and not torch.isin(again.test.digests, known).any()
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+@pytest.mark.parametrize("name", ["photos", "petals"])
+def test_images_can_be_sent_to_a_worker(name, cache, few_petals, photos, tmp_path):
+    root = photos({"a": 12, "b": 12}) if name == "photos" else name
+    images = opened(root, tmp_path, cache=cache).pretrain
+    again, boxes = pickle.loads(pickle.dumps(images)), torch.tensor([[[0, 0, 20, 20]]])
+    assert torch.equal(again.crop(torch.tensor([17]), boxes), images.crop(torch.tensor([17]), boxes))
 
 
 def test_a_test_image_in_the_training_set_is_counted(photos, tmp_path):
@@ -160,33 +156,6 @@ def test_folders_without_images(tmp_path, make, message):
 def test_no_images_named():
     with pytest.raises(ValueError, match="--data needs a folder"):
         open_data(DataConfig(), short_side=32)
-
-
-def test_an_empty_class_folder_is_named(photos, tmp_path):
-    root = photos({"a": 3, "b": 3})
-    (root / "c").mkdir()
-    with pytest.raises(ValueError, match=r"class folder .*c holds no image"):
-        opened(root, tmp_path)
-
-
-def test_links_are_followed_but_not_in_circles(photos, tmp_path):
-    root = photos({"a": 3, "b": 3})
-    elsewhere = photos({"more": 2}, name="elsewhere")
-    (root / "linked").symlink_to(elsewhere, target_is_directory=True)
-    (elsewhere / "back").symlink_to(root, target_is_directory=True)
-    (root / "self").symlink_to(root / "self")
-    data = opened(root, tmp_path)
-    assert sorted(data.pretrain.names) == sorted(
-        [f"{name}/{i}.png" for name in "ab" for i in range(3)] + [f"linked/more/{i}.png" for i in range(2)]
-    )
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
-def test_a_forbidden_folder_is_not_passed_over(photos, tmp_path):
-    root = photos({"a": 3, "b": 3})
-    (root / "b").chmod(0)
-    with pytest.raises(PermissionError):
-        opened(root, tmp_path)
 
 
 @pytest.fixture

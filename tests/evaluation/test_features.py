@@ -1,10 +1,13 @@
 """Frozen features: what they are, that they are extracted once, and the models held against ours."""
 
+import dataclasses
+
 import pytest
 import timm
 import torch
+from conftest import TINY
 
-from scott_sparse import Encoder, EncoderConfig
+from scott_sparse import Encoder
 from scott_sparse.data.dataset import Images
 from scott_sparse.evaluation.encoders import FrozenEncoder, Pixels, TimmModel, fingerprint
 from scott_sparse.evaluation.features import BATCH, Features, eval_images, extract, kept
@@ -15,7 +18,7 @@ SIZE = (16, 24)
 
 @pytest.fixture
 def encoder():
-    return Encoder(EncoderConfig(dim=24, depth=3, heads=3, patch_size=8, stem_width=8, registers=2)).eval()
+    return Encoder(dataclasses.replace(TINY, depth=3, patch_size=8)).eval()
 
 
 @pytest.fixture
@@ -32,8 +35,8 @@ def test_features_of_an_encoder(encoder, images):
     tokens = layer_norm(encoder(whole))
     torch.testing.assert_close(features.mean, tokens.mean(1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(features.tokens.float(), tokens, atol=5e-3, rtol=1e-3)
-    assert features.pooled.shape == (BATCH + 5, 3, 24)  # all of its three blocks
-    first = Encoder(EncoderConfig(dim=24, depth=1, heads=3, patch_size=8, stem_width=8, registers=2)).eval()
+    assert features.pooled.shape == (BATCH + 5, 3, 32)  # all of its three blocks
+    first = Encoder(dataclasses.replace(TINY, depth=1, patch_size=8)).eval()
     first.load_state_dict({k: v for k, v in encoder.state_dict().items() if k in first.state_dict()})
     torch.testing.assert_close(features.pooled[:, 0], layer_norm(first(whole)).mean(1), atol=1e-5, rtol=1e-5)
 

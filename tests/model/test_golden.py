@@ -14,6 +14,7 @@ from conftest import DEVICES
 from safetensors import safe_open
 
 from scott_sparse import MIMJEPA, EncoderConfig, ObjectiveConfig, from_paper_checkpoint
+from scott_sparse.model import vit
 from scott_sparse.model.jepa import make_target, target_features, update_target
 from scott_sparse.training.optim import Schedules, adamw, set_schedules
 
@@ -27,9 +28,12 @@ def test_there_are_golden_files():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("engine", ["dense", "spconv", "tiles"])
+@pytest.mark.parametrize("engine", ["dense", "halo", "spconv"])
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_golden(path, engine, device):
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+def test_golden(path, engine, device, monkeypatch):
+    # The paper's code was run at width 16, where its SwiGLU has no hidden unit.
+    monkeypatch.setattr(vit, "check_swiglu", lambda dim, heads: None)
     with safe_open(path, "pt") as file:
         case = json.loads(file.metadata()["case"])
         golden = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 - not a dict

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from step import visible_by_loop
+from oracles import visible_by_loop
 
 from scott_sparse.model.masks import draw_visible, visible_count
 
@@ -76,7 +76,7 @@ def test_unknown_shape_is_refused():
 
 
 def test_blocks_are_drawn_as_one_by_one():
-    """The same distribution as rectangle by rectangle in a Python loop, which is benchmarks/step.py's plain way."""
+    """The same distribution as rectangle by rectangle in a Python loop."""
     grid, count, many = (14, 14), 79, 3000
     random.seed(0)
     together = draw_visible(many, grid, hide_ratio=0.6, generator=torch.Generator().manual_seed(0)).view(many, *grid)

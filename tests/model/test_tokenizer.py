@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICES
+from oracles import max_blur_pool_by_loop, pixel_mask
 
-from scott_sparse import PatchEmbed, SparseTokenizer, draw_visible
-from scott_sparse.model.engines import spconv as sparse
+from scott_sparse import PatchTokenizer, SparseTokenizer, draw_visible
+from scott_sparse.model.engines import ENGINES, choose_engine, spconv
 from scott_sparse.model.engines.dense import max_blur_pool
-from scott_sparse.model.sites import ActivePatches
+from scott_sparse.model.sites import ActiveSites
 
 GRIDS = [(2, 2), (3, 5), (7, 2), (1, 4), (4, 4)]
 
@@ -28,9 +29,6 @@ def masks(grid, batch, seed=0):
         "none": torch.zeros(batch, n, dtype=torch.bool),
         "uneven": uneven,
     }
-
-
-ENGINES = ("dense", "spconv", "tiles")
 
 
 def engine(name, patch_size=16):
@@ -71,11 +69,11 @@ def test_engines_agree_forward_and_backward(grid, patch_size, kind, batch, devic
 
 @pytest.mark.parametrize("name", [*ENGINES, "patch"])
 def test_hidden_pixels_change_no_visible_token(name):
-    tokenizer, grid = PatchEmbed(12) if name == "patch" else engine(name), (4, 5)
+    tokenizer, grid = PatchTokenizer(12) if name == "patch" else engine(name), (4, 5)
     images = torch.randn(2, 3, 64, 80)
     for kind in ("random", "block", "one"):
         visible = masks(grid, 2)[kind]
-        shown = visible.view(2, 1, *grid).repeat_interleave(16, 2).repeat_interleave(16, 3)
+        shown = pixel_mask(visible, grid, 16)
         before = tokenizer(images, visible)
         for other in (torch.randn_like(images) * 100, torch.full_like(images, float("nan"))):
             assert torch.equal(tokenizer(torch.where(shown, images, other), visible), before)
@@ -93,43 +91,25 @@ def test_a_visible_pixel_does_reach_its_neighbours():
 
 def test_active_sites_never_grow():
     """After every layer the active sites are those of the visible patches, by spconv's own indices."""
+    from spconv.pytorch import SparseConvTensor
+
     tokenizer = engine("spconv")
     grid, images = (3, 4), torch.randn(2, 3, 48, 64)
     visible = masks(grid, 2)["random"]
-    active = ActivePatches(visible, grid)
-    x = tokenizer.sparse_input(images, visible)
+    layers = spconv.SpConv(ActiveSites(visible, grid))
+    x = layers.enter(images)
+    assert isinstance(x, SparseConvTensor) and x.indices.is_contiguous() and x.indices.dtype == torch.int32
+    assert torch.equal(x.dense(), images * pixel_mask(visible, grid, 16))
     side = 16
-    for kernel, pool in zip(tokenizer.kernels, tokenizer.pools):
-        x = sparse.strided_submanifold_conv(x, kernel, active)
-        side //= 2
-        check_sites(x, visible, grid, side)
-        if pool:
-            x = sparse.sparse_max_blur_pool(x, active)
-            side //= 2
-            check_sites(x, visible, grid, side)
+    for kernel in tokenizer.kernels:
+        for layer in (lambda x, kernel=kernel: layers.conv(x, kernel), layers.pool):
+            x, side = layer(x), side // 2
+            expected = pixel_mask(visible, grid, side)[:, 0]
+            occupied = torch.zeros_like(expected)
+            image, row, column = x.indices.long().T
+            occupied[image, row, column] = True
+            assert torch.equal(occupied, expected) and len(x.indices) == expected.sum()
     assert side == 1
-
-
-def check_sites(x, visible, grid, side):
-    occupied = torch.zeros(len(visible), grid[0] * side, grid[1] * side, dtype=torch.bool)
-    image, row, column = x.indices.long().T
-    occupied[image, row, column] = True
-    expected = visible.view(-1, *grid).repeat_interleave(side, 1).repeat_interleave(side, 2)
-    assert torch.equal(occupied, expected)
-    assert len(x.indices) == expected.sum()
-
-
-def test_masked_image_is_a_real_sparse_tensor():
-    import spconv.pytorch
-
-    tokenizer = engine("spconv")
-    images, visible = torch.randn(2, 3, 32, 48), masks((2, 3), 2)["random"]
-    x = tokenizer.sparse_input(images, visible)
-    assert isinstance(x, spconv.pytorch.SparseConvTensor)
-    assert x.features.shape == (visible.sum() * 256, 3)
-    assert x.indices.is_contiguous() and x.indices.dtype == torch.int32
-    shown = visible.view(2, 1, 2, 3).repeat_interleave(16, 2).repeat_interleave(16, 3)
-    assert torch.equal(x.dense(), images * shown)
 
 
 def test_spconv_really_runs(monkeypatch):
@@ -141,14 +121,14 @@ def test_spconv_really_runs(monkeypatch):
     monkeypatch.setattr(functional, "indice_conv", lambda *a, **k: calls.append(1) or original(*a, **k))
     images, visible = torch.randn(1, 3, 64, 64), masks((4, 4), 1)["block"]
     engine("dense")(images, visible)
-    engine("tiles")(images, visible)
+    engine("halo")(images, visible)
     assert not calls
     engine("spconv")(images, visible)
     assert len(calls) == 2
 
 
 def test_packed_form_and_its_indices():
-    for tokenizer in (*map(engine, ENGINES), PatchEmbed(12)):
+    for tokenizer in (*map(engine, ENGINES), PatchTokenizer(12)):
         images, visible = torch.randn(2, 3, 48, 32), masks((3, 2), 2)["random"]
         packed, indices = tokenizer.packed(images, visible)
         assert packed.shape == (visible.sum(), 12)
@@ -170,29 +150,19 @@ def test_precision_under_autocast():
         tokens[name].backward(upstream)
         gradients[name] = [kernel.grad for kernel in tokenizer.kernels]
     assert relative(tokens["spconv"], expected) < 1e-5
-    for name in ("dense", "tiles"):
+    for name in ("dense", "halo"):
         assert 1e-4 < relative(tokens[name], expected) < 1e-2
-    for of_tiles, of_dense in zip(gradients["tiles"], gradients["dense"]):
-        assert relative(of_tiles, of_dense) < 1e-2
+    for of_halo, of_dense in zip(gradients["halo"], gradients["dense"]):
+        assert relative(of_halo, of_dense) < 1e-2
 
 
-def test_max_blur_pool_by_hand():
-    """From its definition: max over 2x2, no padding, then [1 2 1] x [1 2 1] / 16, stride 2, zero padding 1."""
-    x = torch.rand(1, 1, 6, 4, dtype=torch.double)
-    top = torch.zeros(7, 5, dtype=torch.double)  # the maximum map with one zero all round
-    for i in range(5):
-        for j in range(3):
-            top[1 + i, 1 + j] = x[0, 0, i : i + 2, j : j + 2].max()
-    tap = torch.tensor([1, 2, 1], dtype=torch.double)
-    kernel = tap[:, None] * tap / 16
-    expected = torch.stack(
-        [torch.stack([(top[i : i + 3, j : j + 3] * kernel).sum() for j in range(0, 3, 2)]) for i in range(0, 5, 2)]
-    )
-    assert torch.allclose(max_blur_pool(x)[0, 0], expected)
+def test_max_blur_pool_is_what_its_definition_says():
+    x = torch.rand(6, 4, dtype=torch.double)
+    assert torch.allclose(max_blur_pool(x[None, None])[0, 0], max_blur_pool_by_loop(x))
 
 
-def test_patch_embed_is_a_convolution():
-    tokenizer, images = PatchEmbed(12), torch.randn(2, 3, 32, 48)
+def test_patch_tokenizer_is_a_convolution():
+    tokenizer, images = PatchTokenizer(12), torch.randn(2, 3, 32, 48)
     expected = F.conv2d(images, tokenizer.proj.weight, tokenizer.proj.bias, stride=16).flatten(2).mT
     assert torch.allclose(tokenizer(images), expected, atol=1e-5)
 
@@ -202,30 +172,33 @@ def test_mistakes_are_named():
         engine("dense")(torch.zeros(1, 3, 225, 224))
     with pytest.raises(ValueError, match="expected one of"):
         SparseTokenizer(12, patch_size=5)
-    with pytest.raises(ValueError, match="unknown engine"):
-        SparseTokenizer(12, engine="minkowski")
+    for name in ("minkowski", "tiles"):
+        with pytest.raises(ValueError, match=f"unknown engine '{name}'; expected one of auto, dense, halo, spconv"):
+            SparseTokenizer(12, engine=name)
+    with pytest.raises(ValueError, match="tiles is called halo now"):
+        choose_engine("tiles", torch.device("cpu"), visible_share=0.4, dim=384)
     with pytest.raises(ValueError, match=r"visible has shape \(1, 9\)"):
         engine("dense")(torch.zeros(1, 3, 32, 32), torch.ones(1, 9, dtype=torch.bool))
 
 
 def test_engine_that_cannot_work_says_why(monkeypatch):
-    monkeypatch.setattr(sparse, "spconv_failure", lambda device: "spconv does not import (no module)")
+    monkeypatch.setattr(spconv, "spconv_failure", lambda device: "spconv does not import (no module)")
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     with pytest.raises(ValueError, match="cannot work here: spconv does not import"):
-        sparse.choose_engine("spconv", cpu, visible_share=0.4, dim=384)
-    assert sparse.choose_engine("auto", cuda, visible_share=0.4, dim=384) == "dense"
-    for name in ("tiles", "dense"):
-        assert sparse.choose_engine(name, cpu, visible_share=0.4, dim=384) == name
+        choose_engine("spconv", cpu, visible_share=0.4, dim=384)
+    assert choose_engine("auto", cuda, visible_share=0.4, dim=384) == "dense"
+    for name in ("halo", "dense"):
+        assert choose_engine(name, cpu, visible_share=0.4, dim=384) == name
 
 
 def test_auto_follows_the_device_the_width_and_what_is_visible(monkeypatch):
-    monkeypatch.setattr(sparse, "spconv_failure", lambda device: None)
+    monkeypatch.setattr(spconv, "spconv_failure", lambda device: None)
 
     def chosen(device, share, dim):
-        return sparse.choose_engine("auto", torch.device(device), visible_share=share, dim=dim)
+        return choose_engine("auto", torch.device(device), visible_share=share, dim=dim)
 
-    assert [chosen("cpu", share, 384) for share in (0.1, 0.5, 0.9)] == ["tiles", "tiles", "dense"]
-    assert [chosen("cpu", share, 96) for share in (0.1, 0.4, 0.9)] == ["tiles", "dense", "dense"]
+    assert [chosen("cpu", share, 384) for share in (0.1, 0.5, 0.9)] == ["halo", "halo", "dense"]
+    assert [chosen("cpu", share, 96) for share in (0.1, 0.4, 0.9)] == ["halo", "dense", "dense"]
     assert chosen("cuda", 0.4, 384) == "spconv"
 
 
@@ -234,4 +207,4 @@ def test_self_test_notices_a_wrong_convolution(monkeypatch):
 
     original = functional.indice_conv
     monkeypatch.setattr(functional, "indice_conv", lambda *a, **k: 1.01 * original(*a, **k))
-    assert "self-test" in sparse.spconv_failure.__wrapped__("cpu")
+    assert "self-test" in spconv.spconv_failure.__wrapped__("cpu")

@@ -4,12 +4,11 @@ import json
 
 import pytest
 import torch
+from conftest import TINY
 from safetensors.torch import load_file, save_file
 
-from scott_sparse import Encoder, EncoderConfig, from_paper_checkpoint, load_encoder, save_encoder
+from scott_sparse import Encoder, from_paper_checkpoint, load_encoder, save_encoder
 from scott_sparse.model.weights import CONFIG, WEIGHTS
-
-TINY = EncoderConfig(dim=32, depth=2, heads=4, stem_width=8, registers=1)
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def test_engines_share_one_checkpoint(saved):
     images = torch.randn(2, 3, 32, 48)
     visible = torch.tensor([[True, False, True, False, False, True]] * 2)
     expected = load_encoder(folder, engine="dense")(images, visible)
-    for engine in ("spconv", "tiles"):
+    for engine in ("halo", "spconv"):
         assert torch.allclose(load_encoder(folder, engine=engine)(images, visible), expected, atol=1e-5)
 
 

@@ -1,5 +1,6 @@
 """The scripts in eval/, as a user runs them: on a run folder and a folder of photos."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,11 +13,11 @@ import linear
 import pytest
 import table
 import torch
-from conftest import ROOT, write_photo
+from conftest import ROOT, TINY, write_photo
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from scott_sparse import Encoder, EncoderConfig, save_encoder
+from scott_sparse import Encoder, save_encoder
 from scott_sparse.data.dataset import DataConfig
 from scott_sparse.evaluation import probe as protocol
 from scott_sparse.evaluation.probe import Question
@@ -34,7 +35,7 @@ def run_folder(tmp_path_factory):
     """What train/pretrain.py leaves, as far as an evaluation needs it; the encoder is as it was initialised."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     torch.manual_seed(3)
-    encoder = Encoder(EncoderConfig(dim=24, depth=2, heads=3, patch_size=8, stem_width=8))
+    encoder = Encoder(dataclasses.replace(TINY, patch_size=8))
     save_encoder(encoder, folder)
     encoder.mask_token.data += 1  # another hash, the same answers
     save_encoder(encoder, folder, weights="context")
@@ -202,15 +203,15 @@ def test_extract(run_folder, photos_folder, tmp_path, capsys):
     extract.main(extract.ExtractQuestion(run=str(run_folder), source=source, file=file, patches=True))
     tensors = load_file(file)
     assert {name: tuple(x.shape) for name, x in tensors.items()} == {
-        "embeddings": (96, 24),
-        "blocks": (96, 2, 24),
-        "patches": (96, 4, 24),
+        "embeddings": (96, 32),
+        "blocks": (96, 2, 32),
+        "patches": (96, 4, 32),
     }
     torch.testing.assert_close(tensors["patches"].float().mean(1), tensors["embeddings"], atol=2e-3, rtol=0)
     with safe_open(file, "pt") as opened:
         names = json.loads(opened.metadata()["names"])
     assert len(set(names)) == 96 and "train/a/0.png" in names and "test/c/7.png" in names
-    assert "embeddings (96, 24)" in capsys.readouterr().out
+    assert "embeddings (96, 32)" in capsys.readouterr().out
 
 
 def test_table(run_folder, photos_folder, tmp_path, capsys):
@@ -255,9 +256,9 @@ def test_mistakes_end_in_one_line(run_folder, photos_folder, tmp_path, monkeypat
 
 def test_weights_that_do_not_fit_are_not_evaluated(run_folder, photos_folder, tmp_path, monkeypatch):
     other = tmp_path / "other"
-    save_encoder(Encoder(EncoderConfig(dim=24, depth=2, heads=3, patch_size=8, stem_width=8)), other)
+    save_encoder(Encoder(dataclasses.replace(TINY, patch_size=8)), other)
     config = json.loads((other / "encoder.json").read_text())
     (other / "encoder.json").write_text(json.dumps({**config, "dim": 48}))
     (other / "recipe.json").write_text((run_folder / "recipe.json").read_text())
     said = mistaken([other, "--data", photos_folder, "--cache-dir", tmp_path], monkeypatch)
-    assert "mask_token has shape [1, 1, 24], expected [1, 1, 48]" in said
+    assert "mask_token has shape [1, 1, 32], expected [1, 1, 48]" in said

@@ -1,1 +1,74 @@
-"""How the tokenizer's sparse convolutions are computed: `dense`, `halo`, `spconv`."""
+"""How the sparse stem is computed: engines with one interface, one weight layout (dense OIHW) and one result.
+
+A new engine is one file with a class that has the methods of `Engine`, and one entry in `ENGINES`.
+"""
+
+from typing import Any, Protocol
+
+import torch
+
+from scott_sparse.model.engines.dense import Dense
+from scott_sparse.model.engines.halo import Halo
+from scott_sparse.model.engines.spconv import SpConv
+from scott_sparse.model.sites import ActiveSites
+from scott_sparse.shapes import Float, Tensor
+
+
+class Engine(Protocol):
+    """The layers of the stem for the active sites of one batch, on a representation `x` of the engine's own."""
+
+    def __init__(self, active: ActiveSites): ...
+
+    @staticmethod
+    def failure(device: torch.device) -> str | None:
+        """Why the engine cannot work on a device; None where it can."""
+        ...
+
+    def enter(self, images: Float[Tensor, "B 3 H W"]) -> Any:
+        """The visible pixels in the engine's representation."""
+        ...
+
+    def conv(self, x: Any, kernel: Float[Tensor, "K C 7 7"]) -> Any:
+        """At the active sites: `F.conv2d(zero-filled map, kernel, stride=2, padding=3)`."""
+        ...
+
+    def relu(self, x: Any) -> Any: ...
+
+    def pool(self, x: Any) -> Any:
+        """At the active sites: `dense.max_blur_pool(zero-filled map)`."""
+        ...
+
+    def leave(self, x: Any) -> Float[Tensor, "S D"]:
+        """Tokens of the S visible patches, from one site per patch."""
+        ...
+
+
+ENGINES: dict[str, type[Engine]] = {"dense": Dense, "halo": Halo, "spconv": SpConv}
+
+# On a CPU `halo` is faster than `dense` up to this share of visible patches (benchmarks/RESULTS.md). Where tokens are
+# narrow, copying windows costs more of what is saved.
+HALO_MAX_SHARE, HALO_MAX_SHARE_NARROW, NARROW_DIM = 0.5, 0.3, 192
+
+
+def check_engine(name: str) -> None:
+    """Raises ValueError unless `name` is "auto" or the name of an engine."""
+    if name != "auto" and name not in ENGINES:
+        renamed = "; tiles is called halo now" if name == "tiles" else ""
+        raise ValueError(f"unknown engine {name!r}; expected one of {', '.join(('auto', *ENGINES))}{renamed}.")
+
+
+def choose_engine(name: str, device: torch.device, *, visible_share: float, dim: int) -> str:
+    """The engine that runs for tokens of width `dim` where a share `visible_share` of the patches is visible.
+
+    "auto" on a CPU is `halo`, or `dense` where most patches are visible; on other devices `spconv`, or `dense` where
+    spconv fails. Raises ValueError for an unknown name, and for an engine that cannot work here, with the reason.
+    """
+    check_engine(name)
+    if name == "auto" and device.type == "cpu":
+        return "halo" if visible_share <= (HALO_MAX_SHARE if dim >= NARROW_DIM else HALO_MAX_SHARE_NARROW) else "dense"
+    if name == "auto":
+        return "dense" if ENGINES["spconv"].failure(device) else "spconv"
+    reason = ENGINES[name].failure(device)
+    if reason is not None:
+        raise ValueError(f"engine {name} cannot work here: {reason}; use --engine auto, halo or dense.")
+    return name

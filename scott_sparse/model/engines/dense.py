@@ -1,52 +1,74 @@
-"""The oracle: convolve the zero-filled map, then zero what is not active. Also the path where everything is visible."""
+"""The reference engine: convolve the zero-filled map, then set what is not active to zero.
+
+It is also the path where everything is visible (`active` is None).
+"""
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
+from einops import rearrange, repeat
 
-from scott_sparse.model.sites import PADDING, ActivePatches
+from scott_sparse.model.sites import PADDING, ActiveSites
 from scott_sparse.shapes import Float, Tensor
 
 
-def dense_strided_conv(
-    images: Float[Tensor, "B C H W"], weight: Float[Tensor, "K C 7 7"], active: ActivePatches | None
-) -> Float[Tensor, "B K h w"]:
-    """7x7 stride-2 padding-3 convolution without bias. `active` None: everything is."""
-    return restrict(F.conv2d(images, weight, stride=2, padding=PADDING), active)
+class Dense:
+    """Works on dense maps (B, C, H, W) that are zero at hidden sites. Has the interface of `engines.Engine`."""
+
+    def __init__(self, active: ActiveSites | None):
+        self.active = active
+
+    @staticmethod
+    def failure(device: torch.device) -> None:
+        return None
+
+    def enter(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+        return mask_pixels(images, self.active).contiguous(memory_format=torch.channels_last)
+
+    def conv(self, x: Float[Tensor, "B C H W"], kernel: Float[Tensor, "K C 7 7"]) -> Float[Tensor, "B K h w"]:
+        return mask_sites(F.conv2d(x, kernel, stride=2, padding=PADDING), self.active)
+
+    def relu(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        return F.relu(x)
+
+    def pool(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C h w"]:
+        return mask_sites(max_blur_pool(x), self.active)
+
+    def leave(self, x: Float[Tensor, "B D h w"]) -> Float[Tensor, "S D"]:
+        return rearrange(x, "b d h w -> (b h w) d") if self.active is None else self.active.gather(x).flatten(0, 2)
 
 
-def restrict(dense: Float[Tensor, "B C H W"], active: ActivePatches | None) -> Float[Tensor, "B C H W"]:
-    """Zero every inactive site of a dense map."""
+def mask_sites(dense: Float[Tensor, "B C H W"], active: ActiveSites | None) -> Float[Tensor, "B C H W"]:
+    """Set every inactive site of a finite map to zero, by a product, which is faster than `torch.where`."""
     if active is None:
         return dense
-    return dense * active.active_map(dense.shape[-2] // active.grid[0]).to(dense.dtype)
+    return dense * active.dense_map(dense.shape[-2] // active.grid[0]).to(dense.dtype)
 
 
-def hide(images: Float[Tensor, "B C H W"], active: ActivePatches | None) -> Float[Tensor, "B C H W"]:
-    """`restrict` of what may hold nan or inf where it is hidden: none survives as nan * 0. A product is faster."""
+def mask_pixels(images: Float[Tensor, "B C H W"], active: ActiveSites | None) -> Float[Tensor, "B C H W"]:
+    """Set every hidden pixel to zero, also where it is nan or inf."""
     if active is None:
         return images
-    return torch.where(active.active_map(images.shape[-2] // active.grid[0]), images, 0)
+    return torch.where(active.dense_map(images.shape[-2] // active.grid[0]), images, 0)
 
 
 def max_blur_pool(dense: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H/2 W/2"]:
-    """Maximum over 2x2, stride 1, then the 3x3 binomial blur with stride 2 (arXiv 1904.11486, section 3).
+    """Maximum over 2x2 with stride 1, then the 3x3 binomial blur with stride 2 (arXiv 1904.11486, section 3).
 
-    The maximum map has H-1 x W-1 sites; the blur pads it with one zero on each side.
+    The map of maxima has H-1 x W-1 sites; the blur pads it with one zero on each side.
     """
-    return binomial(highest(dense), padding=1)
+    return blur_downsample(max_pool_2x2(dense), padding=1)
 
 
-def highest(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H-1 W-1"]:
-    """Maximum over 2x2, stride 1. On a CPU no narrower than fp32: bf16 takes twice as long."""
+def max_pool_2x2(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H-1 W-1"]:
+    """Maximum over 2x2 with stride 1. On a CPU at least in fp32: bf16 takes twice as long."""
     return F.max_pool2d(x if x.is_cuda else x.to(torch.promote_types(x.dtype, torch.float32)), 2, stride=1)
 
 
-def binomial(x: Float[Tensor, "B C H W"], *, padding: int) -> Float[Tensor, "B C h w"]:
-    """[1 2 1] x [1 2 1] / 16 on each channel, stride 2."""
+def blur_downsample(x: Float[Tensor, "B C H W"], *, padding: int) -> Float[Tensor, "B C h w"]:
+    """Each channel convolved with [1 2 1] x [1 2 1] / 16, stride 2."""
     tap = torch.tensor([0.25, 0.5, 0.25], dtype=x.dtype, device=x.device)
     kernel = repeat(tap[:, None] * tap, "y x -> c 1 y x", c=x.shape[1])
-    # On a CPU the way back through a depthwise convolution in bf16 takes ten times as long as in fp32. A GPU's autocast
-    # stays as it is.
+    # On a CPU the backward pass of a depthwise convolution in bf16 takes ten times as long as in fp32. The autocast of
+    # a GPU stays as it is.
     with torch.autocast("cpu", enabled=False):
         return F.conv2d(x, kernel, stride=2, padding=padding, groups=x.shape[1])

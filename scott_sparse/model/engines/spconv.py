@@ -1,112 +1,163 @@
-"""SCOTT's layers on a `SparseConvTensor` of spconv, their dense oracle, and which engine runs.
+"""The stem on a `SparseConvTensor` of the spconv library. This file alone imports it, and only when it is first used.
 
-spconv has submanifold convolutions of stride 1 only. The exact stride-2 form used here: fold each 2x2 block of input
-sites into channels (pixel-unshuffle), after which a 7x7 stride-2 kernel is a 4x4 stride-1 kernel on blocks -2..+1, and
-hand spconv that kernel with a rulebook of our own: one per resolution, affine in the patch, for all layers and the
-whole batch. All engines (`spconv`, `tiles` of tiles.py, `dense` of dense.py) share one weight layout, dense OIHW, and
-one result.
-
-This is the only file that imports spconv, and only when it is first needed.
+spconv has submanifold convolutions of stride 1 only. The exact form with stride 2: fold each 2x2 block of input sites
+into channels (pixel-unshuffle), which turns a 7x7 kernel with stride 2 into a 4x4 kernel with stride 1 on blocks -2 to
++1, and give spconv that kernel with a rulebook computed here. The rulebook is affine in the patch: one per resolution
+serves all images of a batch.
 """
 
 import functools
+import itertools
 import warnings
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from scott_sparse.model.engines.dense import dense_strided_conv, restrict
-from scott_sparse.model.engines.halo import max_blur_pool_tiles
-from scott_sparse.model.sites import KERNEL, ActivePatches
-from scott_sparse.shapes import Float, Tensor
+from scott_sparse.model.engines.dense import Dense
+from scott_sparse.model.engines.halo import Halo
+from scott_sparse.model.sites import KERNEL, REACH, ActiveSites
+from scott_sparse.shapes import Float, Int, Tensor
 
-ENGINES = ("auto", "spconv", "tiles", "dense")
-# Of the patches visible: above it `tiles` is slower than `dense`. Narrow products do not pay for the copies as soon.
-TILES_UNTIL, TILES_UNTIL_NARROW, NARROW = 0.5, 0.3, 192
+BLOCKS = (-2, -1, 0, 1)  # the window 2o-3 .. 2o+3 of output o touches the 2-wide blocks o-2 .. o+1
 
 
-def to_sparse(images: Float[Tensor, "B C H W"], active: ActivePatches):
-    """The masked images as a `spconv.pytorch.SparseConvTensor`: one voxel per visible pixel, features (n, C)."""
-    return _sparse_tensor(active.gather(images), active, images.shape[-2] // active.grid[0])
+class SpConv:
+    """Works on a SparseConvTensor `x` with `x.features` (n, C), one row per active site.
 
-
-def strided_submanifold_conv(sparse, weight: Float[Tensor, "K C 7 7"], active: ActivePatches):
-    """7x7 stride-2 padding-3 convolution without bias of a SparseConvTensor; the active set is only restricted.
-
-    Equals `F.conv2d(dense, weight, stride=2, padding=3)` at the active output sites.
+    Computes in fp32 (TF32 on a GPU) also under autocast: spconv has no bf16. Has the interface of `engines.Engine`.
     """
-    blocks, side = fold_blocks(sparse, active)
-    return _sparse_tensor(_indice_conv(blocks, fold_kernel(weight).contiguous(), active, side), active, side)
+
+    def __init__(self, active: ActiveSites):
+        self.active = active
+
+    @staticmethod
+    def failure(device: torch.device) -> str | None:
+        return spconv_failure(str(device))
+
+    def enter(self, images: Float[Tensor, "B 3 H W"]):
+        return self.tensor(self.active.gather(images.float()))
+
+    def conv(self, x, kernel: Float[Tensor, "K C 7 7"]):
+        folded = rearrange(self.patches(x), "s (y dy) (x dx) c -> s y x (dy dx c)", dy=2, dx=2)
+        with torch.autocast(folded.device.type, enabled=False):
+            features = self.conv_blocks(folded.flatten(0, 2), fold_kernel(kernel).contiguous(), folded.shape[1])
+        return self.tensor(features.unflatten(0, folded.shape[:3]))
+
+    def conv_blocks(self, blocks: Float[Tensor, "n f"], kernel: Float[Tensor, "K 4 4 f"], side: int):
+        """spconv's own convolution of the folded blocks, `side` per patch and axis: (n, f) to (n, K)."""
+        if len(blocks) == 0:  # spconv raises on empty input; the weight still gets its gradient, zero
+            return blocks @ kernel[:, 0, 0].T
+        library = import_spconv()
+        pairs, counts = rulebook(self.active, side)
+        return library.functional.indice_conv(blocks, kernel, pairs, counts, len(blocks), library.ConvAlgo.Native)
+
+    def relu(self, x):
+        return x.replace_feature(F.relu(x.features))
+
+    def pool(self, x):
+        with torch.autocast(x.features.device.type, enabled=False):
+            return self.tensor(Halo(self.active).pool(self.patches(x)))
+
+    def leave(self, x) -> Float[Tensor, "S D"]:
+        return x.features
+
+    def patches(self, x) -> Float[Tensor, "S s s C"]:
+        """The features of a SparseConvTensor, patch by patch."""
+        side = x.spatial_shape[0] // self.active.grid[0]
+        return x.features.unflatten(0, (len(self.active), side, side))
+
+    def tensor(self, patches: Float[Tensor, "S s s C"]):
+        """The SparseConvTensor of packed patches."""
+        (h, w), side = self.active.grid, patches.shape[1]
+        shape, indices = [h * side, w * side], site_indices(self.active, side)
+        return import_spconv().SparseConvTensor(patches.flatten(0, 2), indices, shape, len(self.active.visible))
 
 
-def fold_blocks(sparse, active: ActivePatches) -> tuple[Float[Tensor, "n f"], int]:
-    """Features of the 2x2 blocks of a SparseConvTensor's sites, f = 4 C, and blocks per side of a patch."""
-    side = sparse.spatial_shape[0] // active.grid[0] // 2
-    pattern = "(s y dy x dx) c -> (s y x) (dy dx c)"
-    return rearrange(sparse.features, pattern, s=len(active), x=side, y=side, dx=2, dy=2), side
+def fold_kernel(kernel: Float[Tensor, "K C 7 7"]) -> Float[Tensor, "K 4 4 f"]:
+    """Offsets -3 .. 3 become blocks -2 .. 1 of two sites each, with a zero for the unused offset -4; f = 4 C."""
+    return rearrange(F.pad(kernel, (1, 0, 1, 0)), "k c (y dy) (x dx) -> k y x (dy dx c)", dy=2, dx=2)
 
 
-def fold_kernel(weight: Float[Tensor, "K C 7 7"]) -> Float[Tensor, "K 4 4 f"]:
-    """Offsets -3..3 become blocks -2..1 of two sites each, with a zero for the unused offset -4."""
-    return rearrange(F.pad(weight, (1, 0, 1, 0)), "k c (y dy) (x dx) -> k y x (dy dx c)", dy=2, dx=2)
+def site_indices(active: ActiveSites, side: int) -> Int[Tensor, "n 3"]:
+    """(image, row, column) of each active site as int32, contiguous: spconv reads garbage from anything else."""
+    local = torch.arange(side, device=active.patch.device)
+    row = (active.patch // active.grid[1] * side)[:, None, None] + local[:, None]
+    column = (active.patch % active.grid[1] * side)[:, None, None] + local
+    sites = torch.stack(torch.broadcast_tensors(active.image[:, None, None], row, column), dim=-1)
+    return sites.reshape(-1, 3).int().contiguous()
 
 
-def _indice_conv(blocks: Tensor, kernel: Tensor, active: ActivePatches, side: int) -> Tensor:
-    if len(active) == 0:  # spconv raises on empty input; keep the graph so that the weight still gets its zero gradient
-        return blocks @ kernel[:, 0, 0].T
-    spconv = _import_spconv()
-    pairs, counts = active.rulebook(side)
-    return spconv.functional.indice_conv(blocks, kernel, pairs, counts, len(active) * side**2, spconv.ConvAlgo.Native)
+def rulebook(active: ActiveSites, side: int) -> tuple[Int[Tensor, "2 k n"], Int[Tensor, " k"]]:
+    """Pairs (input block, output site) for each of the k = 16 kernel positions, at `side` output sites per patch.
 
-
-def sparse_relu(sparse):
-    return sparse.replace_feature(torch.relu(sparse.features))
-
-
-def sparse_max_blur_pool(sparse, active: ActivePatches):
-    """`max_blur_pool` of a SparseConvTensor, restricted to the active sites."""
-    side = sparse.spatial_shape[0] // active.grid[0]
-    pooled = max_blur_pool_tiles(sparse.features.unflatten(0, (len(active), side, side)), active)
-    return _sparse_tensor(pooled.flatten(0, 2), active, side // 2)
-
-
-def choose_engine(engine: str, device: torch.device, *, visible_share: float, dim: int) -> str:
-    """The engine that will run, `spconv`, `tiles` or `dense`, for tokens `dim` wide where so much is visible.
-
-    `auto` follows the table of benchmarks/RESULTS.md: on a CPU `tiles` where some is hidden, `dense` where little is;
-    elsewhere, where nothing is measured yet, `spconv` wherever it works. Raises ValueError for an unknown name, and
-    for `spconv` where it cannot work, with the reason.
+    `pairs[0, k, :counts[k]]` are rows of the block features, `pairs[1, k, :counts[k]]` rows of the output. Within a
+    patch the sites of one kernel position read from at most four patches.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"unknown engine {engine!r}; expected one of {', '.join(ENGINES)}.")
-    if engine in ("tiles", "dense"):
-        return engine
-    if engine == "auto" and device.type == "cpu":
-        return "tiles" if visible_share <= (TILES_UNTIL if dim >= NARROW else TILES_UNTIL_NARROW) else "dense"
-    reason = spconv_failure(str(device))
-    if reason is None:
-        return "spconv"
-    if engine == "spconv":
-        raise ValueError(f"engine spconv cannot work here: {reason}; use --engine auto, tiles or dense.")
-    return "dense"
+    device = active.patch.device
+
+    @functools.cache
+    def first_sites(down: int, right: int) -> tuple[Tensor, Tensor]:
+        """First site of each visible patch that has a visible neighbour there, and first site of that neighbour."""
+        there = active.neighbours[REACH + down, REACH + right].int()
+        here = (there < len(active)).nonzero()[:, 0]
+        return here.int() * side**2, there[here] * side**2
+
+    pairs = torch.full((2, len(BLOCKS) ** 2, len(active) * side**2), -1, dtype=torch.int32, device=device)
+    counts = []
+    for position, sources in enumerate(_sources(side, device)):
+        count = 0
+        for down, right, local_there, local_here in sources:
+            here, there = first_sites(down, right)
+            until = count + len(here) * len(local_here)
+            pairs[0, position, count:until] = (there[:, None] + local_there).flatten()
+            pairs[1, position, count:until] = (here[:, None] + local_here).flatten()
+            count = until
+        counts.append(count)
+    return pairs, torch.tensor(counts, dtype=torch.int32)
 
 
-@functools.lru_cache
+@functools.cache
+def _sources(side: int, device: torch.device) -> list[list[tuple[int, int, Tensor, Tensor]]]:
+    """For each kernel position the patches it reads: (patches down, patches right, sites there, sites here)."""
+
+    def runs(shift: int) -> list[tuple[int, list[int], list[int]]]:
+        """Along one axis site i reads block i + shift: (distance in patches, sites there, sites here) per distance."""
+        by_patch: dict[int, tuple[list[int], list[int]]] = {}
+        for site in range(side):
+            distance, there = divmod(site + shift, side)
+            run = by_patch.setdefault(distance, ([], []))
+            run[0].append(there)
+            run[1].append(site)
+        return [(distance, *run) for distance, run in by_patch.items()]
+
+    def local(ys: list[int], xs: list[int]) -> Tensor:
+        return torch.tensor([y * side + x for y in ys for x in xs], dtype=torch.int32, device=device)
+
+    return [
+        [
+            (down, right, local(there_y, there_x), local(here_y, here_x))
+            for (down, there_y, here_y), (right, there_x, here_x) in itertools.product(runs(dy), runs(dx))
+        ]
+        for dy, dx in itertools.product(BLOCKS, BLOCKS)
+    ]
+
+
+@functools.cache
 def spconv_failure(device: str) -> str | None:
-    """Why spconv cannot be used on this device; None if it imports and agrees with F.conv2d on a small case."""
+    """Why spconv cannot be used on a device; None if it imports and agrees with F.conv2d on a small case."""
     try:
-        _import_spconv()
+        import_spconv()
     except ImportError as error:
         return f"spconv does not import ({error}); pip install spconv-cu120 (Python < 3.12) or spconv-cu126"
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, 32, 48, generator=generator).to(device)
-    weight = torch.randn(8, 3, KERNEL, KERNEL, generator=generator).to(device)
-    active = ActivePatches(torch.arange(48, device=device).view(2, 24) % 3 > 0, (4, 6))
+    kernel = torch.randn(8, 3, KERNEL, KERNEL, generator=generator).to(device)
+    active = ActiveSites(torch.arange(48, device=device).view(2, 24) % 3 > 0, (4, 6))
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        expected = dense_strided_conv(restrict(images, active), weight, active)
-        got = strided_submanifold_conv(to_sparse(images, active), weight, active)
-        error = (got.features - active.gather(expected)).abs().max() / expected.abs().max()
+        dense, sparse = Dense(active), SpConv(active)
+        expected = dense.leave(dense.conv(dense.enter(images), kernel))
+        error = (sparse.leave(sparse.conv(sparse.enter(images), kernel)) - expected).abs().max() / expected.abs().max()
     # TF32 convolutions, the default on CUDA, are good to three digits only.
     if not error < (5e-3 if images.is_cuda else 1e-5):
         return f"its self-test differs from F.conv2d by {error:.1e}"
@@ -114,8 +165,8 @@ def spconv_failure(device: str) -> str | None:
 
 
 @functools.cache
-def _import_spconv():
-    """spconv.pytorch with `functional` and `ConvAlgo`; its import-time deprecation warnings are not the user's."""
+def import_spconv():
+    """spconv.pytorch with `functional` and `ConvAlgo`; its deprecation warnings on import are kept from the user."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import spconv.pytorch
@@ -123,8 +174,3 @@ def _import_spconv():
         from spconv.core import ConvAlgo
     spconv.pytorch.ConvAlgo = ConvAlgo
     return spconv.pytorch
-
-
-def _sparse_tensor(features: Tensor, active: ActivePatches, side: int):
-    h, w = active.grid
-    return _import_spconv().SparseConvTensor(features, active.indices(side), [h * side, w * side], len(active.visible))

@@ -1,8 +1,17 @@
-"""SCOTT and MIM-JEPA (arXiv 2502.18056): Vision Transformers from scratch on small image sets.
+"""SCOTT and MIM-JEPA (arXiv 2502.18056): Vision Transformers trained from scratch on small image sets.
 
-Letters used everywhere: B images, V views (crops) per image, H W pixels, h w patch grid, N = h * w patches or tokens, S
-visible patches of a batch (packed), n of each image, D width, P patch size, K classes. A boolean is named for what True
-means: `visible`, `hidden = ~visible`. Reading order: masks, sparse, tokenizer, vit, jepa, schedules, train/pretrain.py.
+Axes, in shapes such as `Float[Tensor, "B N D"]`:
+    B images, V views (masked crops) of an image, H W pixels, C K channels
+    h w patch grid, P patch size, N = h * w patches, D width of a token, E width of an embedding
+    n visible patches of an image, S visible patches of a batch (packed in one row), s sites per side of a patch
+Booleans are named after what True means: `visible`, `hidden = ~visible`.
+
+Reading order:
+    model/       masks (what is hidden), sites and engines (sparse convolutions), tokenizer, vit, losses, jepa, weights
+    data/        sources, decode, dataset, views, batches
+    training/    schedules, recipe, checkpoint and resume; then the loop itself, train/pretrain.py
+    evaluation/  encoders, features, metrics, probe, then one file per probe; the scripts are in eval/
+files, distributed, shapes and randomness are used by all of them.
 """
 
 from scott_sparse.model.jepa import MIMJEPA, ObjectiveConfig

@@ -1,1 +1,1 @@
-"""Tokenizer, Transformer, predictor and losses: what is trained. Imports torch and einops only."""
+"""Masks, tokenizer, Vision Transformer, losses and their objective. Imports torch, einops and safetensors only."""

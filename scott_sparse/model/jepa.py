@@ -23,6 +23,14 @@ from scott_sparse.model.vit import Encoder, EncoderConfig, Predictor, layer_norm
 from scott_sparse.shapes import Bool, Float, Tensor
 
 TERMS = {"mim": "MIM-JEPA", "ntxent": "NT-Xent", "invariance": "crop invariance", "sigreg": "SIGReg"}
+READ_BY = {  # fields of ObjectiveConfig that not all losses read: the terms that do
+    "predictor_depth": ("mim",),
+    "cross_crop_loss": ("ntxent", "sigreg"),
+    "projector": ("ntxent", "sigreg"),
+    "temperature": ("ntxent",),
+    "sigreg_weight": ("sigreg",),
+    "sigreg_projections": ("sigreg",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,41 +64,33 @@ class ObjectiveConfig:
             raise ValueError(f"unknown context {self.context!r}; expected 'all' or 'visible'.")
         if self.cross_crop_loss not in ("ntxent", "sigreg"):
             raise ValueError(f"unknown cross_crop_loss {self.cross_crop_loss!r}; expected 'ntxent' or 'sigreg'.")
-        weights = (self.mim_weight, self.cross_crop_weight)
-        if not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
+        mim, cross = self.mim_weight, self.cross_crop_weight
+        if not (min(mim, cross) >= 0 and 0 < mim + cross < math.inf):
             raise ValueError(
-                f"mim_weight {self.mim_weight:g} and cross_crop_weight {self.cross_crop_weight:g} must be finite, not "
-                "negative, nor both be 0."
+                f"mim_weight {mim:g} and cross_crop_weight {cross:g} must be finite, 0 or more, not both 0."
             )
         # Built-in recipes set predictor_depth, and may be run with mim_weight 0.
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         self.refuse_ignored({**defaults, "predictor_depth": self.predictor_depth})
-        smallest = {"predictor_depth": self.predictor_depth, "sigreg_projections": self.sigreg_projections}
-        smallest |= {"temperature": self.temperature, "projector": min(self.projector)}
-        for name, value in smallest.items():
-            if name not in self.ignored and not value > 0:
-                raise ValueError(f"{name} {getattr(self, name)} must be positive.")
-        if "sigreg_weight" not in self.ignored and not 0 <= self.sigreg_weight <= 1:
+        for name in ("predictor_depth", "temperature", "projector", "sigreg_projections"):
+            value = getattr(self, name)
+            if self.reads(name) and not (min(value) if isinstance(value, tuple) else value) > 0:
+                raise ValueError(f"{name} {value} must be positive.")
+        if self.reads("sigreg_weight") and not 0 <= self.sigreg_weight <= 1:
             raise ValueError(f"sigreg_weight {self.sigreg_weight} must lie in [0, 1].")
 
-    @property
-    def ignored(self) -> dict[str, str]:
-        """Fields that the chosen loss ignores, each with the setting that is the reason."""
-        ignored = {} if self.mim_weight else {"predictor_depth": "mim_weight 0"}
-        if not self.cross_crop_weight:
-            fields = ("cross_crop_loss", "temperature", "sigreg_weight", "projector", "sigreg_projections")
-            return ignored | dict.fromkeys(fields, "cross_crop_weight 0")
-        fields = {"ntxent": ("sigreg_weight", "sigreg_projections"), "sigreg": ("temperature",)}[self.cross_crop_loss]
-        return ignored | dict.fromkeys(fields, f"cross_crop_loss {self.cross_crop_loss}")
+    def reads(self, name: str) -> bool:
+        """Whether a field of `READ_BY` has an effect on the chosen loss."""
+        return any(term in self.weights for term in READ_BY[name])
 
     def refuse_ignored(self, defaults: Mapping[str, Any]) -> None:
         """Raises ValueError for a field that differs from its value in `defaults` although the loss ignores it."""
-        for name, reason in self.ignored.items():
-            value = getattr(self, name)
-            if value != defaults[name]:
+        for name, readers in READ_BY.items():
+            value, default = getattr(self, name), defaults[name]
+            if value != default and not self.reads(name):
+                missing, terms = " or ".join(TERMS[term] for term in readers), " and ".join(self.terms)
                 raise ValueError(
-                    f"{name} {value} has no effect with {reason}; leave {name} at {defaults[name]}, or change "
-                    f"{reason.split()[0]}."
+                    f"{name} {value} has no effect: it is for {missing}, the loss is {terms}; leave it at {default}."
                 )
 
     @property

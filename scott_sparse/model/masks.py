@@ -1,11 +1,11 @@
-"""Which patches does the context encoder see?
+"""Random masks: which patches does the context encoder see?
 
-A mask is drawn per image as `visible` (B, N): True where the patch is seen; its complement is what the predictor must
-predict. Every image of a batch has *exactly* the same number of visible patches, so packed visible tokens stay
-rectangular: (B, n, D).
+A mask is `visible` (B, N), True where the context encoder sees the patch; the predictor predicts the others. All images
+of a batch have *exactly* the same number n of visible patches, so that their tokens can be packed as (B, n, D).
 
-`block` (SCOTT, arXiv 2502.18056, after BEiT, arXiv 2106.08254): the union of rectangles is *visible*, so what is seen
-hangs together and what is hidden is its ragged complement. `uniform`: the same count, patch by patch.
+Shape "block" (SCOTT, arXiv 2502.18056, after BEiT, arXiv 2106.08254): a union of random rectangles is *visible*, so
+that the visible patches are connected and the hidden ones are their complement. Shape "uniform": the same number of
+patches, each as likely as any other.
 """
 
 import math
@@ -20,13 +20,13 @@ MAX_ROUNDS = 64
 
 
 def visible_count(patches: int, hide_ratio: float) -> int:
-    """`ceil((1 - hide_ratio) * patches)`, safe from binary fractions such as 1 - 0.7 = 0.30000000000000004.
+    """The number of visible patches, `ceil((1 - hide_ratio) * patches)`.
 
-    Raises ValueError where hide_ratio is outside (0, 1) or leaves nothing hidden.
+    Raises ValueError where hide_ratio is outside (0, 1) or hides no patch.
     """
     if not 0 < hide_ratio < 1:
         raise ValueError(f"hide_ratio {hide_ratio} is outside (0, 1); 0.6 hides 60 % of the patches.")
-    count = math.ceil((1 - hide_ratio) * patches - 1e-9)
+    count = math.ceil((1 - hide_ratio) * patches - 1e-9)  # 1 - 0.7 is 0.30000000000000004
     if count >= patches:
         raise ValueError(
             f"hide_ratio {hide_ratio} hides none of {patches} patches; expected at least {1 / patches:.3g}."
@@ -42,10 +42,10 @@ def draw_visible(
     shape: str = "block",
     generator: torch.Generator | None = None,
 ) -> Bool[Tensor, "B N"]:
-    """Draw `visible` for `batch` images on a patch grid (h, w), on the CPU.
+    """Draw the masks of `batch` images on a patch grid (h, w), on the CPU.
 
-    Each row has exactly `visible_count(h * w, hide_ratio)` True. Raises ValueError for an unknown `shape` or a
-    `hide_ratio` outside (0, 1).
+    Each row has exactly `visible_count(h * w, hide_ratio)` True entries. Raises ValueError for an unknown `shape`, and
+    as `visible_count`.
     """
     count = visible_count(grid[0] * grid[1], hide_ratio)
     if shape == "block":
@@ -56,10 +56,10 @@ def draw_visible(
 
 
 def _grow_blocks(batch: int, grid: tuple[int, int], count: int, generator) -> Tensor:
-    """Add one random rectangle per image and round, skipping those that would show too much.
+    """Add one random rectangle to every image in each round, for all images at once.
 
-    All images grow at once. A rectangle is accepted where it adds at least one patch and at most what is missing.
-    What is still missing after MAX_ROUNDS (a handful of patches, on odd grids) is grown at the blocks' borders.
+    A rectangle is accepted where it adds at least one patch and not more than are missing. Patches that are still
+    missing after MAX_ROUNDS (a few, on unusual grids) are added at the borders of the blocks.
     """
     h, w = grid
     visible = torch.zeros(batch, h, w, dtype=torch.bool)
@@ -87,7 +87,7 @@ def _grow_blocks(batch: int, grid: tuple[int, int], count: int, generator) -> Te
 
 
 def _fill_at_borders(visible: Tensor, count: int, generator) -> Tensor:
-    """Bring every image to `count` visible patches, taking those nearest to what is visible already."""
+    """Bring every image to `count` visible patches, by patches that border on visible ones."""
     while (visible.sum((1, 2)) < count).any():
         near = torch.nn.functional.max_pool2d(visible.float()[:, None], 3, stride=1, padding=1)[:, 0]
         # Ranks: visible (2..) over bordering (1..) over far (0..), at random within each.

@@ -27,19 +27,23 @@ Method = TypeVar("Method", bound=Callable)
 
 def not_compiled(method: Method) -> Method:
     """Leave a method out of compiled graphs: the number of visible patches is not known when a graph is compiled."""
-    return cast(Method, torch.compiler.disable(method))
+    # torch's own form of torch.compiler.disable, which imports torch._dynamo at the first call: that takes a second.
+    disable = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+    return cast(Method, disable(method))
 
 
 class Tokenizer(nn.Module):
     """What all tokenizers share: the patch grid, and the dense form as the scattered packed form.
 
-    A tokenizer implements `_packed` and is registered in `TOKENIZERS`; all are built with the same arguments.
+    A new tokenizer implements `_packed` and is registered in `TOKENIZERS`; all take the same arguments. Raises
+    ValueError for a patch size that the tokenizer does not have, and for an unknown engine.
     """
 
     def __init__(self, dim: int, *, patch_size: int = 16, stem_width: int = 64, engine: str = "auto"):
         super().__init__()
         self.check_patch_size(patch_size)
-        self.dim, self.patch_size = dim, patch_size
+        check_engine(engine)
+        self.dim, self.patch_size, self.engine = dim, patch_size, engine
 
     @classmethod
     def check_patch_size(cls, patch_size: int) -> None:
@@ -47,8 +51,8 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def engine_name(cls, engine: str, device: torch.device, *, visible_share: float, dim: int) -> str:
-        """What computes the tokens, by name. Raises ValueError where `engine` cannot work on the device."""
-        raise NotImplementedError
+        """The engine that runs. Raises ValueError where it cannot work. A tokenizer without engines is dense."""
+        return "dense"
 
     def _packed(self, images: Float[Tensor, "B 3 H W"], active: ActiveSites | None) -> Float[Tensor, "S D"]:
         """Tokens of the active patches, of all patches where `active` is None."""
@@ -75,18 +79,8 @@ class Tokenizer(nn.Module):
     def packed(
         self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]
     ) -> tuple[Float[Tensor, "S D"], Int[Tensor, "S 2"]]:
-        """Tokens of the visible patches only, image by image in raster order, and their (image, patch) indices.
-
-        Raises ValueError where `visible` does not have one entry per patch.
-        """
-        grid = self.grid(images)
-        expected = (len(images), grid[0] * grid[1])
-        if tuple(visible.shape) != expected:
-            raise ValueError(
-                f"visible has shape {tuple(visible.shape)}; expected {expected}: one row per image, "
-                f"one entry per patch of the {grid[0]} x {grid[1]} grid."
-            )
-        active = ActiveSites(visible, grid)
+        """Tokens of the visible patches only, image by image in raster order, and their (image, patch) indices."""
+        active = self.active_sites(images, visible)
         return self._packed(images, active), torch.stack([active.image, active.patch], dim=1)
 
     @not_compiled
@@ -100,6 +94,17 @@ class Tokenizer(nn.Module):
         tokens, indices = self.packed(images, visible)
         return tokens.unflatten(0, (len(images), -1)), indices[:, 1].unflatten(0, (len(images), -1))
 
+    def active_sites(self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]) -> ActiveSites:
+        """The visible patches on the patch grid. Raises ValueError where `visible` lacks one entry per patch."""
+        grid = self.grid(images)
+        expected = (len(images), grid[0] * grid[1])
+        if tuple(visible.shape) != expected:
+            raise ValueError(
+                f"visible has shape {tuple(visible.shape)}; expected {expected}: one row per image, "
+                f"one entry per patch of the {grid[0]} x {grid[1]} grid."
+            )
+        return ActiveSites(visible, grid)
+
 
 class SparseTokenizer(Tokenizer):
     """SCOTT (arXiv 2502.18056, section 3.1): strided submanifold convolutions and max-blur-pools, see `STAGES`.
@@ -111,15 +116,18 @@ class SparseTokenizer(Tokenizer):
     """
 
     def __init__(self, dim: int, *, patch_size: int = 16, stem_width: int = 64, engine: str = "auto"):
-        super().__init__(dim, patch_size=patch_size)
-        check_engine(engine)
-        self.engine, self.pools = engine, STAGES[patch_size]
+        super().__init__(dim, patch_size=patch_size, engine=engine)
+        self.pools = STAGES[patch_size]
         widths = [3, *[stem_width] * (len(self.pools) - 1), dim]
         self.kernels = nn.ParameterList(
             nn.Parameter(torch.empty(k, c, KERNEL, KERNEL)) for c, k in itertools.pairwise(widths)
         )
         for kernel in self.kernels:
             nn.init.kaiming_normal_(kernel)
+
+    def sparse_input(self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]):
+        """The visible pixels as a `spconv.pytorch.SparseConvTensor`, one voxel per pixel."""
+        return ENGINES["spconv"](self.active_sites(images, visible)).enter(images)
 
     @classmethod
     def check_patch_size(cls, patch_size: int) -> None:
@@ -152,12 +160,8 @@ class PatchTokenizer(Tokenizer):
     """
 
     def __init__(self, dim: int, *, patch_size: int = 16, stem_width: int = 64, engine: str = "auto"):
-        super().__init__(dim, patch_size=patch_size)
+        super().__init__(dim, patch_size=patch_size, engine=engine)
         self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
-
-    @classmethod
-    def engine_name(cls, engine: str, device: torch.device, *, visible_share: float, dim: int) -> str:
-        return "patch"
 
     def _packed(self, images: Float[Tensor, "B 3 H W"], active: ActiveSites | None) -> Float[Tensor, "S D"]:
         p = self.patch_size

@@ -3,8 +3,8 @@
 The cross-crop term compares all images of a batch: the negatives of NT-Xent, the test of SIGReg and the statistics of
 the projector. The mean of its values in A micro-batches is therefore not its value in the batch. So a first pass
 without gradient computes the pooled features of all micro-batches, and the pass with gradient through each of them
-computes the term of the whole batch (`MIMJEPA.forward` with `cached`). Both passes must draw the same dropout, see
-`seed_dropout`.
+computes the term of the whole batch (`MIMJEPA.forward` with `cached`). Both passes must draw the same dropout
+(`seed_dropout`).
 """
 
 from collections.abc import Iterable

@@ -2,7 +2,6 @@
 
 import math
 import random
-import time
 
 import pytest
 import torch
@@ -95,13 +94,3 @@ def test_blocks_are_drawn_as_one_by_one():
     assert ((p - q).abs() < 5 * ((p * (1 - p) + q * (1 - q)) / many).sqrt()).all()
     uniform = borders(draw_visible(many, grid, hide_ratio=0.6, shape="uniform").view(many, *grid))
     assert not ((uniform.mean(0) - b.mean(0)).abs() < 4 * error).any()  # which the test can tell
-
-
-def test_masks_are_drawn_fast():
-    """10,000 a second and core at 14 x 14 are the aim (benchmarks/step.py measures it); here a third, for busy ones."""
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        draw_visible(256, (14, 14), hide_ratio=0.6)
-        best = min(best, time.perf_counter() - started)
-    assert 256 / best > 3000

@@ -97,7 +97,7 @@ def test_active_sites_never_grow():
     grid, images = (3, 4), torch.randn(2, 3, 48, 64)
     visible = masks(grid, 2)["random"]
     layers = spconv.SpConv(ActiveSites(visible, grid))
-    x = layers.enter(images)
+    x = tokenizer.sparse_input(images, visible)
     assert isinstance(x, SparseConvTensor) and x.indices.is_contiguous() and x.indices.dtype == torch.int32
     assert torch.equal(x.dense(), images * pixel_mask(visible, grid, 16))
     side = 16

@@ -223,6 +223,7 @@ MISTAKES = {
     "unknown size": (["--size", "huge"], "unknown size 'huge'; expected one of demo, tiny"),
     "image side": (["--image-size", "225", "--patch-size", "16"], "image side 225 is not a multiple of patch_size 16"),
     "patch size": (["--patch-size", "5", "--image-size", "50"], "patch_size 5 has no SCOTT stem"),
+    "old engine": (["--engine", "tiles"], "expected one of auto, dense, halo, spconv; tiles is called halo now"),
     "no folder": (["--data", "nowhere"], "nowhere: no such folder"),
     "no data": (["small-data"], "--data needs a folder of images"),
     "batch size": (["--batch-size", "6000"], "batch_size 6000 is larger than the data set (5000 images"),

@@ -1,6 +1,7 @@
 """How the sparse stem is computed: engines with one interface, one weight layout (dense OIHW) and one result.
 
-A new engine is one file with a class that has the methods of `Engine`, and one entry in `ENGINES`.
+A new engine is one file with a class that has the methods of `Engine`, and one entry in `ENGINES`. An engine that does
+not work everywhere also has `failure(device)`, which gives the reason or None.
 """
 
 from typing import Any, Protocol
@@ -19,27 +20,19 @@ class Engine(Protocol):
 
     def __init__(self, active: ActiveSites): ...
 
-    @staticmethod
-    def failure(device: torch.device) -> str | None:
-        """Why the engine cannot work on a device; None where it can."""
-        ...
-
     def enter(self, images: Float[Tensor, "B 3 H W"]) -> Any:
-        """The visible pixels in the engine's representation."""
-        ...
+        """The visible pixels as `x`."""
 
     def conv(self, x: Any, kernel: Float[Tensor, "K C 7 7"]) -> Any:
         """At the active sites: `F.conv2d(zero-filled map, kernel, stride=2, padding=3)`."""
-        ...
 
     def relu(self, x: Any) -> Any: ...
 
     def pool(self, x: Any) -> Any:
         """At the active sites: `dense.max_blur_pool(zero-filled map)`."""
-        ...
 
     def leave(self, x: Any) -> Float[Tensor, "S D"]:
-        """Tokens of the S visible patches, from one site per patch."""
+        """The tokens, from one site per patch."""
         ...
 
 
@@ -66,9 +59,10 @@ def choose_engine(name: str, device: torch.device, *, visible_share: float, dim:
     check_engine(name)
     if name == "auto" and device.type == "cpu":
         return "halo" if visible_share <= (HALO_MAX_SHARE if dim >= NARROW_DIM else HALO_MAX_SHARE_NARROW) else "dense"
+    failure = getattr(ENGINES["spconv" if name == "auto" else name], "failure", None)  # most work on every device
+    reason = failure(device) if failure else None
     if name == "auto":
-        return "dense" if ENGINES["spconv"].failure(device) else "spconv"
-    reason = ENGINES[name].failure(device)
-    if reason is not None:
+        return "dense" if reason else "spconv"
+    if reason:
         raise ValueError(f"engine {name} cannot work here: {reason}; use --engine auto, halo or dense.")
     return name

@@ -17,10 +17,6 @@ class Dense:
     def __init__(self, active: ActiveSites | None):
         self.active = active
 
-    @staticmethod
-    def failure(device: torch.device) -> None:
-        return None
-
     def enter(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         return mask_pixels(images, self.active).contiguous(memory_format=torch.channels_last)
 

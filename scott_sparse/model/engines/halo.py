@@ -25,10 +25,6 @@ class Halo:
     def __init__(self, active: ActiveSites):
         self.active = active
 
-    @staticmethod
-    def failure(device: torch.device) -> None:
-        return None
-
     def enter(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "S P P 3"]:
         return self.active.gather(images)
 

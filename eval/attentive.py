@@ -1,4 +1,4 @@
-"""The paper's attentive probe: three heads on all tokens, at three learning rates, kept at ten epochs, chosen on val.
+"""Attentive probe on frozen tokens: three heads, at three learning rates, stored at ten epochs, chosen on val.
 
 accelerate launch eval/attentive.py runs/demo --data petals
 accelerate launch eval/attentive.py RUN --data flowers102 --protocol paper --copies 4
@@ -8,20 +8,22 @@ import dataclasses
 import functools
 
 from scott_sparse.evaluation.attentive import fit_attentive
-from scott_sparse.evaluation.probe import Question, answer, ask
+from scott_sparse.evaluation.probe import run_probe
+from scott_sparse.evaluation.subject import ProbeConfig, run_script
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentiveQuestion(Question):
+class AttentiveConfig(ProbeConfig):
     epochs: int = 100
+    """Passes over the training features."""
     copies: int = 0
-    """Random crops of each image to fit on, besides the whole image."""
+    """Random crops of each training image to fit on, in addition to its centre crop."""
 
 
-def main(question: AttentiveQuestion) -> None:
-    fit = functools.partial(fit_attentive, epochs=question.epochs)
-    answer(question, "attentive", fit, tokens=True, copies=question.copies)
+def main(config: AttentiveConfig) -> None:
+    fit = functools.partial(fit_attentive, epochs=config.epochs)
+    run_probe(config, "attentive", fit, tokens=True, copies=config.copies)
 
 
 if __name__ == "__main__":
-    ask(AttentiveQuestion, main)
+    run_script(AttentiveConfig, main)

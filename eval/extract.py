@@ -1,56 +1,40 @@
-"""Features of any images, for other programs: one safetensors file, and the names of the images in its metadata.
+"""Features of any images for other programs: one safetensors file with the names of the images in its metadata.
 
     accelerate launch eval/extract.py runs/demo --data PHOTOS --file features.safetensors
 
-Tensors: `embeddings` (n, D), the mean of the last block's tokens; `blocks` (n, L, D), the same of each of the last
-four; with --patches also `patches` (n, N, D), half precision, row by row of the grid. Images are those that
-pretraining would see and, where there is a test set, that (see --protocol); metadata: `names`, a JSON list, and
-`image_size`.
+Images: those that pretraining would use and those of the test split. Tensors: `embeddings` (n, D), the mean token of
+the last block; `blocks` (n, L, D), that of each of the last four; with --patches `patches` (n, N, D), the tokens of the
+last block in half precision, row by row of the patch grid. Metadata: `names`, a JSON list, and `image_size`.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
-from scott_sparse.data.batches import default_workers
 from scott_sparse.data.dataset import open_data, short_side_for
-from scott_sparse.distributed import process_state
-from scott_sparse.evaluation.features import extract
-from scott_sparse.evaluation.probe import Question, ask, open_subject
-from scott_sparse.files import write_atomically
+from scott_sparse.evaluation.features import export_features
+from scott_sparse.evaluation.subject import ProbeConfig, open_encoder, run_script
 
 
 @dataclasses.dataclass(frozen=True)
-class ExtractQuestion(Question):
+class ExtractConfig(ProbeConfig):
     file: Path = Path("features.safetensors")
+    """File to write."""
     patches: bool = False
+    """Write the tokens of all patches as well."""
 
 
-def main(question: ExtractQuestion) -> None:
-    state = process_state()
-    subject = open_subject(question)
-    data = open_data(question.source, short_side=short_side_for(subject.size))
-    workers = default_workers(streamed=question.source.cache == "none", on_gpu=state.device.type == "cuda")
-    model = subject.model.to(state.device).eval()
+def main(config: ExtractConfig) -> None:
+    encoder = open_encoder(config)
+    data = open_data(config.source, short_side=short_side_for(encoder.size))
     parts = [data.pretrain]
-    if data.test is not None:
-        unseen = ~torch.isin(data.test.rows, data.pretrain.rows)
-        parts += [data.test[unseen.nonzero()[:, 0]]] if unseen.any() else []
-    found = [extract(model, part, size=subject.size, tokens=question.patches, workers=workers) for part in parts]
-    if not state.is_main_process:
-        return
-    blocks = torch.cat([features.pooled for features in found])
-    tensors = {"embeddings": blocks[:, -1].contiguous(), "blocks": blocks}
-    if question.patches:
-        tensors["patches"] = torch.cat([features.tokens for features in found])
-    names = [name for part in parts for name in part.names]
-    metadata = {"names": json.dumps(names), "image_size": json.dumps(subject.size)}
-    write_atomically(question.file, save(tensors, metadata=metadata))
-    print(f"{question.file}: {', '.join(f'{name} {tuple(tensor.shape)}' for name, tensor in tensors.items())}")
+    if data.test is not None:  # under the paper protocol `pretrain` holds it already
+        rest = (~torch.isin(data.test.rows, data.pretrain.rows)).nonzero()[:, 0]
+        parts += [data.test[rest]] if len(rest) else []
+    how = {"size": encoder.size, "tokens": config.patches, "workers": config.workers}
+    export_features(config.file, encoder.model, parts, **how)
 
 
 if __name__ == "__main__":
-    ask(ExtractQuestion, main)
+    run_script(ExtractConfig, main)

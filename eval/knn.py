@@ -4,13 +4,14 @@ accelerate launch eval/knn.py runs/demo --data petals
 python eval/knn.py runs/demo --data petals --init pixels
 """
 
-from scott_sparse.evaluation.knn import KNNProbe
-from scott_sparse.evaluation.probe import Question, answer, ask
+from scott_sparse.evaluation.knn import fit_knn
+from scott_sparse.evaluation.probe import run_probe
+from scott_sparse.evaluation.subject import ProbeConfig, run_script
 
 
-def main(question: Question) -> None:
-    answer(question, "knn", lambda features, labels, **where: KNNProbe(features.mean, labels, **where))
+def main(config: ProbeConfig) -> None:
+    run_probe(config, "knn", fit_knn)
 
 
 if __name__ == "__main__":
-    ask(Question, main)
+    run_script(ProbeConfig, main)

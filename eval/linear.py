@@ -1,4 +1,4 @@
-"""Linear probe on frozen features: mean tokens of the last block or of the last four, penalty or rate chosen on val.
+"""Linear probe on frozen features; blocks (last or last four) and L2 penalty or learning rate are chosen on val.
 
 accelerate launch eval/linear.py runs/demo --data petals
 python eval/linear.py runs/demo --data petals --solver sgd --copies 4      # with four random crops of each image
@@ -9,23 +9,24 @@ import functools
 from typing import Literal
 
 from scott_sparse.evaluation.linear import fit_linear
-from scott_sparse.evaluation.probe import Question, answer, ask
+from scott_sparse.evaluation.probe import run_probe
+from scott_sparse.evaluation.subject import ProbeConfig, run_script
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearQuestion(Question):
+class LinearConfig(ProbeConfig):
     solver: Literal["lbfgs", "sgd"] = "lbfgs"
-    """lbfgs: to the optimum for 15 L2 penalties. sgd: 13 learning rates in one pass over the data."""
+    """lbfgs: fit to the optimum for each of 15 L2 penalties. sgd: train with each of 13 learning rates."""
     epochs: int = 100
-    """Of sgd."""
+    """Passes over the training features; for --solver sgd only."""
     copies: int = 0
-    """Random crops of each image to fit on, besides the whole image."""
+    """Random crops of each training image to fit on, in addition to its centre crop."""
 
 
-def main(question: LinearQuestion) -> None:
-    fit = functools.partial(fit_linear, solver=question.solver, epochs=question.epochs)
-    answer(question, "linear" if question.solver == "lbfgs" else "linear-sgd", fit, copies=question.copies)
+def main(config: LinearConfig) -> None:
+    fit = functools.partial(fit_linear, solver=config.solver, epochs=config.epochs)
+    run_probe(config, "linear", fit, copies=config.copies)
 
 
 if __name__ == "__main__":
-    ask(LinearQuestion, main)
+    run_script(LinearConfig, main)

@@ -25,7 +25,9 @@ TINY = EncoderConfig(dim=32, depth=2, heads=4, patch_size=16, stem_width=8, regi
 torch.backends.cudnn.allow_tf32 = False  # parity is asked for to more digits than TF32 has
 
 
-def pytest_sessionfinish():
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workerinput"):  # one of several test processes: others still use the files
+        return
     for file in (ROOT / ".cache").rglob("*.images*"):
         if not file.name.startswith("petals-"):
             file.unlink()

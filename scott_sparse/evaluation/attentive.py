@@ -1,9 +1,8 @@
-"""The paper's three attentive heads on frozen tokens, trained side by side in one pass over the data.
+"""Attentive probe: three kinds of attention pooling on frozen tokens, trained side by side in one pass over the data.
 
-Each head decides for itself which tokens of an image to look at (arXiv 2502.18056, the released probe): `simple` by
-one score per token, `multihead` by one per token and head, `cross` by a learned query. Each head is trained at each
-learning rate and kept at ten epochs; the choice among them is a choice like any other, made where the protocol allows
-it.
+The heads of the released code of arXiv 2502.18056. They weigh the tokens of an image by one score per token (`simple`),
+by one per token and attention head (`multihead`), or by cross-attention from a learned query (`cross`). Each is trained
+at each learning rate and stored at ten epochs; head, rate and epoch are settings to choose among.
 """
 
 import copy
@@ -17,7 +16,6 @@ from rich.progress import track
 from torch import nn
 
 from scott_sparse.evaluation.features import Features
-from scott_sparse.evaluation.metrics import check_fitting_set
 from scott_sparse.model.vit import SwiGLU, init_linear
 from scott_sparse.randomness import generator_at, seed_at
 from scott_sparse.shapes import Float, Int, Tensor
@@ -25,11 +23,11 @@ from scott_sparse.shapes import Float, Int, Tensor
 RATES = (3e-4, 1e-3, 3e-3)
 DROPOUT = 0.2
 HEADS = 4
-KEPT = 10
+SNAPSHOTS = 10
 
 
 class SimpleHead(nn.Module):
-    """Softmax over the tokens of one linear score; their weighted mean; a linear classifier."""
+    """Mean of the tokens weighted by the softmax of one linear score; a linear classifier."""
 
     def __init__(self, dim: int, classes: int):
         super().__init__()
@@ -43,7 +41,7 @@ class SimpleHead(nn.Module):
 
 
 class MultiHead(nn.Module):
-    """The same with a score per head, each for its share of projected features; then a small MLP."""
+    """The same with one score per attention head, each for its share of the projected width; a small MLP."""
 
     def __init__(self, dim: int, classes: int):
         super().__init__()
@@ -61,14 +59,14 @@ class MultiHead(nn.Module):
 
 
 class CrossHead(nn.Module):
-    """One learned query looks at the tokens, 4 heads; SwiGLU, LayerNorm, a linear classifier."""
+    """Cross-attention of one learned query to the tokens; SwiGLU, LayerNorm, a linear classifier."""
 
     def __init__(self, dim: int, classes: int):
         super().__init__()
         self.query = nn.Parameter(torch.empty(dim))
         nn.init.trunc_normal_(self.query, std=0.02)
         self.tokens_norm, self.norm, self.last_norm = (nn.LayerNorm(dim) for _ in range(3))
-        self.ask, self.proj = (init_linear(nn.Linear(dim, dim, bias=False)) for _ in range(2))
+        self.query_proj, self.proj = (init_linear(nn.Linear(dim, dim, bias=False)) for _ in range(2))
         self.key_value = init_linear(nn.Linear(dim, 2 * dim, bias=False))
         self.dropout = nn.Dropout(DROPOUT)
         self.ffn = SwiGLU(dim)
@@ -76,10 +74,10 @@ class CrossHead(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B K"]:
         key, value = rearrange(self.key_value(self.tokens_norm(tokens)), "b n (two h d) -> two b h n d", two=2, h=HEADS)
-        query = rearrange(self.ask(self.query), "(h d) -> h 1 d", h=HEADS).expand(len(tokens), -1, -1, -1)
+        query = rearrange(self.query_proj(self.query), "(h d) -> h 1 d", h=HEADS).expand(len(tokens), -1, -1, -1)
         rate = DROPOUT if self.training else 0.0
-        found = F.scaled_dot_product_attention(query, key, value, dropout_p=rate)
-        x = self.norm(self.query + self.dropout(self.proj(rearrange(found, "b h 1 d -> b (h d)"))))
+        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=rate)
+        x = self.norm(self.query + self.dropout(self.proj(rearrange(attended, "b h 1 d -> b (h d)"))))
         return self.classify(self.last_norm(x + self.ffn(x)))
 
 
@@ -88,12 +86,15 @@ HEAD_TYPES = {"simple": SimpleHead, "multihead": MultiHead, "cross": CrossHead}
 
 @dataclass(frozen=True)
 class AttentiveProbe:
+    """One trained head for each setting."""
+
     settings: list[dict]
     heads: list[nn.Module]
     device: torch.device
 
     @torch.inference_mode()
-    def answers(self, features: Features, settings: Sequence[int]) -> Iterator[Float[Tensor, "m K"]]:
+    def logits(self, features: Features, settings: Sequence[int]) -> Iterator[Float[Tensor, "m K"]]:
+        assert features.tokens is not None
         for i in settings:
             head = self.heads[i].to(self.device)
             yield torch.cat([head(part.to(self.device).float()).cpu() for part in features.tokens.split(256)])
@@ -109,14 +110,14 @@ def fit_attentive(
     epochs: int = 100,
     batch: int = 64,
 ) -> AttentiveProbe:
-    """AdamW with cosine decay, for each head and each of `RATES`.
+    """Train each head at each of `RATES` by AdamW with cosine decay.
 
-    Raises ValueError as `check_fitting_set` does, and where the tokens' width does not divide into 4 heads.
+    Raises ValueError if the width of the tokens does not divide into the attention heads.
     """
-    check_fitting_set(features.tokens, labels, classes)
+    assert features.tokens is not None
     dim = features.tokens.shape[-1]
     if dim % HEADS:
-        raise ValueError(f"tokens are {dim} wide, which does not divide into the {HEADS} heads of the attentive probe.")
+        raise ValueError(f"tokens of width {dim} do not divide into the {HEADS} heads of the attentive probe.")
     kinds = [(name, rate) for name in HEAD_TYPES for rate in RATES]
     with torch.random.fork_rng():
         torch.manual_seed(seed_at("attentive heads"))
@@ -124,20 +125,20 @@ def fit_attentive(
         groups = [{"params": head.parameters(), "lr": rate} for head, (_, rate) in zip(heads, kinds)]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.04)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(labels) // batch))
-        keep = {-(-epochs * part // KEPT) for part in range(1, KEPT + 1)}
+        stored_at = {-(-epochs * part // SNAPSHOTS) for part in range(1, SNAPSHOTS + 1)}
         settings, snapshots = [], []
         for epoch in track(range(1, epochs + 1), description="attentive heads", transient=True):
             heads.train()
             order = torch.randperm(len(labels), generator=generator_at("order of a probe", epoch))
             for rows in order.split(batch):
                 tokens, expected = features.tokens[rows].to(device).float(), labels[rows].to(device)
-                # One sum for all: each head has parameters of its own, so its gradient is that of its own loss.
-                loss = sum(F.cross_entropy(head(tokens), expected) for head in heads)
+                # Each head has parameters of its own: its gradient of the sum is that of its own loss.
+                losses = torch.stack([F.cross_entropy(head(tokens), expected) for head in heads])
                 optimizer.zero_grad()
-                loss.backward()
+                losses.sum().backward()
                 optimizer.step()
                 schedule.step()
-            if epoch in keep:
+            if epoch in stored_at:
                 settings += [{"head": name, "lr": rate, "epoch": epoch} for name, rate in kinds]
                 snapshots += [copy.deepcopy(head).eval().cpu() for head in heads]
     return AttentiveProbe(settings, snapshots, device)

@@ -1,12 +1,15 @@
-"""What is evaluated: anything that turns images into frozen features.
+"""Image encoders that are evaluated: ours, raw pixels, and models of timm.
 
-Each model here maps normalised images (B, 3, h, w) to `pooled` (B, L, C), one vector for each of its last L blocks,
-the last one last, and to its `tokens` (B, N, D). A user's encoder is so held against raw pixels, its own
-initialisation, and other people's models by the same probes.
+Each maps images that are normalised as in `scott_sparse.data.views` (B, 3, h, w) to `pooled` features (B, L, C), one
+vector for each of the last L blocks with the last block last, and to the `tokens` (B, N, D) of the last block. Every
+probe runs on every encoder, so that an encoder is compared with raw pixels, with its own initialisation and with
+models pretrained elsewhere.
 """
 
+import dataclasses
 import hashlib
 import json
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -19,35 +22,47 @@ from scott_sparse.shapes import Float, Tensor
 BLOCKS = 4
 
 
-class FrozenEncoder(nn.Module):
-    """Our encoder: tokens through the LayerNorm without affine of the paper's target and probe, pooled by the mean."""
+class ImageEncoder(nn.Module):
+    """Base class; a subclass defines `forward` as above."""
+
+    description: dict
+    """Everything but the weights that determines the output, in values that JSON can hold."""
+
+
+class FrozenEncoder(ImageEncoder):
+    """Our encoder; the tokens of each block pass a LayerNorm without affine parameters (as the targets of pretraining
+    do, arXiv 2502.18056), and `pooled` is their mean."""
 
     def __init__(self, encoder: Encoder):
         super().__init__()
         self.encoder = encoder.eval()
+        self.description = {"blocks": BLOCKS, **dataclasses.asdict(encoder.config)}  # engines compute the same
 
     def forward(self, images: Float[Tensor, "B 3 h w"]) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B N D"]]:
         blocks = [layer_norm(tokens.float()) for tokens in self.encoder.last_blocks(images, BLOCKS)]
         return torch.stack([tokens.mean(1) for tokens in blocks], dim=1), blocks[-1]
 
 
-class Pixels(nn.Module):
-    """The baseline below which nothing was learnt: the image itself, and its patches."""
+class Pixels(ImageEncoder):
+    """The baseline without an encoder: `pooled` is the whole image, `tokens` are its patches."""
 
     def __init__(self, patch_size: int):
         super().__init__()
-        self.patch_size = patch_size
+        self.patch_size, self.description = patch_size, {"patch_size": patch_size}
 
     def forward(self, images: Float[Tensor, "B 3 h w"]) -> tuple[Float[Tensor, "B 1 C"], Float[Tensor, "B N D"]]:
         p = self.patch_size
         return images.flatten(1)[:, None], rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
 
 
-class TimmModel(nn.Module):
-    """A model of timm with its published weights, pooled as its authors do.
+class TimmModel(ImageEncoder):
+    """A model of timm with its published weights, its normalisation and its own pooling. `size`: (height, width).
 
-    Raises ValueError where timm is missing, does not know the name, or cannot get its weights.
+    Raises ValueError if timm is not installed or does not know the name, or if the weights cannot be fetched.
     """
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, name: str):
         super().__init__()
@@ -56,34 +71,36 @@ class TimmModel(nn.Module):
         except ImportError:
             raise ValueError(f"--timm {name} needs the package timm: pip install timm.") from None
         if not timm.is_model(name):
-            raise ValueError(f"--timm {name}: timm knows no such model; timm.list_models(pretrained=True) lists all.")
+            raise ValueError(f"--timm {name}: unknown to timm; timm.list_models(pretrained=True) lists its models.")
         try:
-            self.model = timm.create_model(name, pretrained=True, num_classes=0).eval()
-        except Exception as error:  # whatever its many ways to fetch weights raise; nothing untrained is evaluated
+            self.model: Any = timm.create_model(name, pretrained=True, num_classes=0).eval()
+        except Exception as error:  # fetching weights fails in many ways; untrained weights must not be evaluated
             reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"--timm {name}: its weights could not be had ({reason}).") from error
+            raise ValueError(f"--timm {name}: the weights cannot be fetched ({reason}).") from error
         config = self.model.pretrained_cfg
-        self.size = tuple(config["input_size"][1:])
-        ours = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])
-        theirs = torch.tensor([config["mean"], config["std"]])
-        scale = ours[1] / theirs[1]
-        self.register_buffer("scale", scale[:, None, None], persistent=False)
-        self.register_buffer("shift", ((ours[0] - theirs[0]) / theirs[1])[:, None, None], persistent=False)
+        self.description = {"timm": timm.__version__, "name": name, "pretrained_cfg": dict(config)}
+        self.size = (int(config["input_size"][1]), int(config["input_size"][2]))
+        # From our normalisation to that of the model.
+        ours = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])[..., None, None]
+        theirs = torch.tensor([config["mean"], config["std"]])[..., None, None]
+        self.register_buffer("scale", ours[1] / theirs[1], persistent=False)
+        self.register_buffer("shift", (ours[0] - theirs[0]) / theirs[1], persistent=False)
 
     def forward(self, images: Float[Tensor, "B 3 h w"]) -> tuple[Float[Tensor, "B 1 C"], Float[Tensor, "B N D"]]:
         features = self.model.forward_features(images * self.scale + self.shift)
         pooled = self.model.forward_head(features, pre_logits=True)[:, None]
         if features.ndim == 3:
             return pooled, features[:, getattr(self.model, "num_prefix_tokens", 0) :]
-        channels_last = features.shape[-1] == self.model.num_features  # as of timm's Swin
+        channels_last = features.shape[-1] == self.model.num_features  # as in timm's Swin
         return pooled, rearrange(features, "b h w c -> b (h w) c" if channels_last else "b c h w -> b (h w) c")
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's form and of every number in it."""
+def fingerprint(encoder: ImageEncoder) -> str:
+    """A hash of all that determines the features of given images: class, description, normalisation and weights."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr(model).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    form = [type(encoder).__name__, encoder.description, IMAGENET_MEAN, IMAGENET_STD]
+    digest.update(json.dumps(form, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(json.dumps([name, str(tensor.dtype), *tensor.shape]).encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -1,8 +1,8 @@
-"""Linear probes on frozen features: multinomial logistic regression, every setting of the sweep at once.
+"""Linear probes: multinomial logistic regression on frozen features, for every setting of a sweep.
 
-Features are standardised with the mean and deviation of the fitting set, so that one range of penalties and learning
-rates serves every encoder. Two ways to fit: L-BFGS to the optimum for each L2 penalty, and SGD for each learning rate,
-all of them in one pass over the data (as in DINOv2, arXiv 2304.07193, appendix B.3).
+Features are standardised with the mean and deviation of the training set, so that one range of penalties and learning
+rates serves every encoder. Two solvers: L-BFGS to the optimum for each L2 penalty, and SGD for all learning rates at
+once in one pass over the data (as in DINOv2, arXiv 2304.07193, appendix B.3).
 """
 
 import functools
@@ -14,27 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from scott_sparse.evaluation.features import Features
-from scott_sparse.evaluation.metrics import check_fitting_set
 from scott_sparse.randomness import generator_at
 from scott_sparse.shapes import Float, Int, Tensor
 
 PENALTIES = tuple(10 ** (power / 2) for power in range(2, -13, -1))  # 10 to 1e-6: 15 of them
 RATES = tuple(1e-3 * 2**power for power in range(13))  # 1e-3 to 4
-KINDS = ("mean", "last-4")
-
-
-@dataclass(frozen=True)
-class LinearProbe:
-    """A classifier for each setting; `features`: the last block's, or those of the last four side by side."""
-
-    settings: list[dict]
-    scales: dict[str, "Scale"]
-    layers: list["Layer"]
-
-    def answers(self, features: Features, settings: Sequence[int]) -> Iterator[Float[Tensor, "m K"]]:
-        for i in settings:
-            kind = self.settings[i]["features"]
-            yield F.linear(self.scales[kind](of_kind(features, kind)), *self.layers[i])
+MAX_DIRECT_WIDTH = 2048  # below it L-BFGS is fast as it is
+KINDS = ("mean", "last-4")  # pooled features of the last block, or of the last four side by side
 
 
 class Layer(NamedTuple):
@@ -44,17 +30,31 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class Scale:
-    """Mean 0 and deviation 1 on the images it is taken from."""
+    """Standardisation to mean 0 and deviation 1 on the training set."""
 
-    centre: Float[Tensor, " C"]
-    spread: Float[Tensor, " C"]
+    mean: Float[Tensor, " C"]
+    deviation: Float[Tensor, " C"]
 
     @classmethod
     def of(cls, x: Float[Tensor, "n C"]) -> "Scale":
         return cls(x.mean(0), x.std(0).clamp(min=1e-6))
 
     def __call__(self, x: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
-        return (x - self.centre) / self.spread
+        return (x - self.mean) / self.deviation
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """One linear classifier for each setting."""
+
+    settings: list[dict]
+    scales: dict[str, Scale]
+    layers: list[Layer]
+
+    def logits(self, features: Features, settings: Sequence[int]) -> Iterator[Float[Tensor, "m K"]]:
+        for i in settings:
+            kind = self.settings[i]["features"]
+            yield F.linear(self.scales[kind](of_kind(features, kind)), *self.layers[i])
 
 
 def of_kind(features: Features, kind: str) -> Float[Tensor, "n C"]:
@@ -62,63 +62,75 @@ def of_kind(features: Features, kind: str) -> Float[Tensor, "n C"]:
 
 
 def fit_linear(
-    features: Features,
-    labels: Int[Tensor, " n"],
-    *,
-    classes: int,
-    solver: str,
-    device: torch.device,
-    epochs: int = 100,
-    penalties: Sequence[float] = PENALTIES,
+    features: Features, labels: Int[Tensor, " n"], *, classes: int, device: torch.device, solver: str, epochs: int = 100
 ) -> LinearProbe:
-    """Fit every setting of a solver, "lbfgs" or "sgd", on both kinds of features where there is more than one block.
-
-    `epochs` are those of sgd, `penalties` those of lbfgs. Raises ValueError as `check_fitting_set` does.
-    """
-    check_fitting_set(features.pooled, labels, classes)
+    """Fit every setting of the solver, "lbfgs" or "sgd" (for `epochs`); one block has features of one kind only."""
     settings, scales, layers = [], {}, []
     for kind in KINDS if features.pooled.shape[1] > 1 else KINDS[:1]:
         x = of_kind(features, kind)
         scales[kind] = Scale.of(x)
-        x, where = scales[kind](x).to(device), labels.to(device)
+        x, y = scales[kind](x).to(device), labels.to(device)
         if solver == "lbfgs":
-            layers += fit_lbfgs(x, where, classes=classes, penalties=penalties)
-            settings += [{"features": kind, "l2": float(f"{value:.3g}")} for value in penalties]
+            layers += fit_lbfgs(x, y, classes=classes)
+            settings += [{"features": kind, "l2": float(f"{value:.3g}")} for value in PENALTIES]
         else:
-            layers += fit_sgd(x, where, classes=classes, epochs=epochs)
+            layers += fit_sgd(x, y, classes=classes, epochs=epochs)
             settings += [{"features": kind, "lr": value} for value in RATES]
     return LinearProbe(settings, scales, layers)
 
 
 def fit_lbfgs(
-    x: Float[Tensor, "n C"],
-    labels: Int[Tensor, " n"],
-    *,
-    classes: int,
-    penalties: Sequence[float] = PENALTIES,
-    iterations: int = 200,
+    x: Float[Tensor, "n C"], labels: Int[Tensor, " n"], *, classes: int, penalties: Sequence[float] = PENALTIES
 ) -> list[Layer]:
-    """Minimise mean cross-entropy + penalty / 2 * |weight|² for each penalty, each from where the last one ended.
+    """Minimise mean cross-entropy + penalty / 2 * |weight|² for each penalty, each from the optimum of the last one.
 
-    Strongest first is fastest. scikit-learn's C is 1 / (n * penalty).
+    Strongest first is fastest. scikit-learn's C is 1 / (n * penalty). With far more dimensions than images, as of raw
+    pixels, the fit runs in the images' span (`_rotate_to_span`).
     """
+    rotation = variance = None
+    if x.shape[1] > max(len(x), MAX_DIRECT_WIDTH):
+        x, rotation = _rotate_to_span(x)
+        variance = x.square().mean(0)
     theta = torch.zeros(classes, x.shape[1] + 1, device=x.device, requires_grad=True)
+    unit = x.new_ones(x.shape[1])  # of the weights in theta
     layers = []
     for penalty in penalties:
+        if variance is not None:
+            # Rotated features are uncorrelated, and the Hessian is about diagonal: in units of its inverse root L-BFGS
+            # takes a fifth of the iterations.
+            p = F.linear(x, theta.detach()[:, :-1] * unit, theta.detach()[:, -1]).softmax(1)
+            old, unit = unit, (variance * (p * (1 - p)).mean() + penalty).rsqrt()
+            theta.data[:, :-1] *= old / unit
         optimizer = torch.optim.LBFGS(
-            [theta], max_iter=iterations, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+            [theta], max_iter=200, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe"
         )
-        optimizer.step(functools.partial(_loss, theta, x, labels, penalty))
-        found = theta.detach().cpu().clone()
-        layers.append(Layer(found[:, :-1], found[:, -1]))
+        optimizer.step(functools.partial(_loss, theta, unit, x, labels, penalty))
+        weight, bias = theta.detach()[:, :-1] * unit, theta.detach()[:, -1].clone()
+        layers.append(Layer((weight if rotation is None else weight @ rotation).cpu(), bias.cpu()))
     return layers
 
 
-def _loss(theta: Tensor, x: Tensor, labels: Tensor, penalty: float) -> Tensor:
-    weight = theta[:, :-1]
+def _loss(theta: Tensor, unit: Tensor, x: Tensor, labels: Tensor, penalty: float) -> Tensor:
+    weight = theta[:, :-1] * unit
     loss = F.cross_entropy(F.linear(x, weight, theta[:, -1]), labels) + penalty / 2 * weight.square().sum()
     (theta.grad,) = torch.autograd.grad(loss, theta)
     return loss
+
+
+def _rotate_to_span(x: Float[Tensor, "n C"]) -> tuple[Float[Tensor, "n r"], Float[Tensor, "r C"]]:
+    """Features in the r <= n < C principal axes of n images, and these axes as orthonormal rows.
+
+    The gradient of a linear layer with an L2 penalty lies in the span of its inputs, and so does the optimum: the fit
+    in r dimensions is the fit in all C. From the Gram matrix, in float64 as it squares the condition number.
+    """
+    gram = torch.zeros(len(x), len(x), dtype=torch.float64)
+    for columns in x.split(4096, dim=1):
+        columns = columns.cpu().double()
+        gram.addmm_(columns, columns.T)
+    squares, vectors = torch.linalg.eigh(gram)
+    resolved = squares > 1e-9 * squares[-1]  # by float32
+    lengths, vectors = squares[resolved].sqrt(), vectors[:, resolved]
+    return (vectors * lengths).to(x), (vectors / lengths).T.to(x) @ x
 
 
 def fit_sgd(

@@ -1,98 +1,201 @@
-"""What a run ends with: the k-NN table, and the picture of images, visible patches and tokens before and after."""
+"""Tables and figures: of one probe, of all results of some runs, and of pretraining."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from einops import rearrange
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from scott_sparse.data.dataset import Data
-from scott_sparse.data.images import Images
+from scott_sparse.data.dataset import Images
 from scott_sparse.data.views import IMAGENET_MEAN, IMAGENET_STD
 from scott_sparse.evaluation.encoders import FrozenEncoder, Pixels
 from scott_sparse.evaluation.features import eval_images, extract
 from scott_sparse.evaluation.knn import knn_accuracy
+from scott_sparse.files import read_json
 from scott_sparse.model.masks import draw_visible
 from scott_sparse.model.vit import Encoder
 from scott_sparse.randomness import generator_at
 from scott_sparse.shapes import Float, Tensor
 
+WORST_CLASSES = 10  # that are listed
+FIRST_COLUMNS = ("knn", "linear", "attentive")
+OURS = ("pixels", "random", "context", "pretrained")  # encoders that belong to a run
 
-def knn_queries(data: Data) -> Images | None:
-    """The val images, with which a pretraining run may be judged; None without labels, and if they are test images.
 
-    Whoever compares runs by them does not tune on test. The paper protocol may have no val of its own.
+def make_table(
+    title: str, columns: Iterable[str], rows: Iterable[Sequence[str]], *, justify: Literal["left", "right"] = "right"
+) -> Table:
+    """A table for the terminal; brackets in its texts, say in class names, are not markup."""
+    table = Table(title=escape(title))
+    for column in columns:
+        table.add_column(escape(column), justify=justify)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def print_scores(result: dict) -> None:
+    """Print the scores of a probe, as `write_result` returns them, and its recall by class."""
+    settings = ", ".join(f"{key} {value}" for key, value in result["choice"].items())
+    title = f"{result['probe']} on {result['subject']} features; {settings} chosen on {result['chosen_on']}"
+    rows = []
+    for role in ("val", "test"):
+        scores = result[role]
+        low, high = scores["top1_interval"]
+        top5 = "-" if scores["top5"] is None else f"{scores['top5']:.1f}"
+        rates = f"{scores['top1']:.1f}", f"{low:.1f} - {high:.1f}", top5, f"{scores['mean_per_class']:.1f}"
+        rows.append([role, f"{scores['n']:,}", *rates])
+    console = Console()
+    console.print(make_table(title, ("", "images", "top-1", "95 % interval", "top-5", "mean per class"), rows))
+
+    classes, test = result["classes"], result["test"]
+    recalls = sorted((recall, label) for label, recall in enumerate(test["per_class"]) if recall is not None)
+    rows = []
+    for recall, label in recalls[:WORST_CLASSES]:
+        predictions = list(test["confusion"][label])
+        count, predictions[label] = sum(predictions), 0
+        most = max(predictions)
+        confused_with = f"{classes[predictions.index(most)]} ({most})" if most else "-"
+        rows.append([str(classes[label]), str(count), f"{recall:.1f}", confused_with])
+    title = "test, the classes of lowest recall" if len(recalls) > WORST_CLASSES else "test, by class"
+    columns = ("class", "images", "recall, %", "most often predicted instead")
+    console.print(make_table(title, columns, rows, justify="left"))
+
+
+def draw_confusion(path: Path, confusion: list[list[int]], classes: Sequence[str]) -> None:
+    """Write a confusion matrix as PNG; rows are labels, in per cent of their images."""
+    counts = torch.tensor(confusion).float()
+    shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+    side = min(max(len(classes) * 0.22, 3.0), 14.0)
+    figure = Figure(figsize=(side + 2.2, side + 1.4), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares.numpy(), cmap="magma", vmin=0, vmax=100, interpolation="nearest")
+    axes.set(xlabel="prediction", ylabel="label")
+    if len(classes) <= 60:
+        names = [str(name) if len(str(name)) < 28 else f"{str(name)[:27]}…" for name in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=7, parse_math=False)
+        axes.set_yticks(range(len(classes)), names, fontsize=7, parse_math=False)
+    figure.colorbar(image, ax=axes, label="% of the label's images", shrink=0.8)
+    figure.savefig(path, dpi=110)
+
+
+def collect_results(runs: Iterable[Path]) -> dict[str, dict[str, dict[str, str]]]:
+    """{data set and protocol: {encoder: {probe: test top-1}}} of all results in the eval/ folders of some runs.
+
+    Raises ValueError for a run without results.
     """
-    if data.classes is None or data.val is None:
-        return None
-    is_test = data.test is not None and torch.isin(data.val.rows, data.test.rows).any()
-    return None if is_test else data.val
+    results = []
+    for run in runs:
+        files = sorted((run / "eval").glob("*.json"))
+        if not files:
+            raise ValueError(f"{run}/eval holds no results; expected those of eval/knn.py and its neighbours.")
+        results += [read_json(file) for file in files]
+    tables: dict[str, dict[str, dict[str, str]]] = {}
+    for result in results:
+        height, width = result["image_size"]
+        size = f"{height} px" if height == width else f"{height} x {width} px"
+        encoder = f"{result['run']} {result['subject']}" if result["subject"] in OURS else result["run"]
+        table = tables.setdefault(f"{Path(result['data'])}, {result['protocol']} protocol", {})
+        cells = table.setdefault(f"{encoder}, {size}", {})
+        if result["probe"].startswith("fewshot"):
+            shots = {f"{n} shot{'s' * (n != '1')}": row["top1"] for n, row in result["shots"].items()}
+            values = {column: f"{top1['mean']:.1f} ± {top1['spread']:.1f}" for column, top1 in shots.items()}
+        else:
+            low, high = result["test"]["top1_interval"]
+            values = {result["probe"]: f"{result['test']['top1']:.1f} ± {(high - low) / 2:.1f}"}
+        for column, value in values.items():  # several in one cell: images or weights have changed in between
+            cells[column] = f"{cells[column]}; {value}" if column in cells else value
+    return tables
 
 
-def knn_on_val(data: Data, initial: Encoder, pretrained: Encoder, *, size: tuple[int, int]) -> dict[str, float] | None:
-    """k-NN accuracy in per cent on val, of raw pixels and of both encoders; None without `knn_queries`.
+def print_results(runs: Iterable[Path]) -> None:
+    """Print `collect_results` as Markdown tables that are aligned for the terminal."""
+    for title, rows in collect_results(runs).items():
+        others = (column for cells in rows.values() for column in cells)
+        columns = [c for c in dict.fromkeys([*FIRST_COLUMNS, *others]) if any(c in cells for cells in rows.values())]
+        lines = [["encoder", *columns]]
+        lines += [[encoder, *(cells.get(column, "") for column in columns)] for encoder, cells in rows.items()]
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        lines.insert(1, ["-" * width for width in widths])
+        print(f"\n{title}: test top-1, % (± half of the 95 % interval; shots: deviation over draws)\n")
+        for line in lines:
+            print(f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths))} |")
 
-    Every process takes its share of the images; the main process has the scores, the others have an empty dict.
+
+def knn_report(
+    train: Images, val: Images | None, initial: Encoder, pretrained: Encoder, *, size: tuple[int, int]
+) -> dict[str, float | None]:
+    """k-NN accuracy on `val` in per cent, of raw pixels and of both encoders; None without labelled val images.
+
+    All processes take part; the numbers are the main process's, others get {}.
     """
-    models = {
+    encoders = {
         "pixels": Pixels(initial.config.patch_size),
         "init": FrozenEncoder(initial),
         "pretrained": FrozenEncoder(pretrained),
     }
-    queries, scores = knn_queries(data), {}
-    if queries is None:
-        return None
-    assert data.train.labels is not None and queries.labels is not None
-    for name, model in models.items():
-        bank, held = (extract(model, part, size=size) for part in (data.train, queries))
-        if bank is not None and held is not None:
-            scores[name] = round(knn_accuracy(bank.mean, data.train.labels, held.mean, queries.labels), 2)
-    return scores
+    if val is None or train.labels is None or val.labels is None:
+        return dict.fromkeys(encoders)
+    accuracies: dict[str, float | None] = {}
+    for name, encoder in encoders.items():
+        bank, queries = (extract(encoder, images, size=size) for images in (train, val))
+        if bank is not None and queries is not None:
+            accuracies[name] = round(knn_accuracy(bank.mean, train.labels, queries.mean, val.labels), 2)
+    return accuracies
 
 
-def knn_table(data: Data, knn: dict[str, float], terms: tuple[str, ...]) -> Table:
-    """The scores of `knn_on_val` as a table."""
-    classes, images = len(data.classes or ()), len(data.val or ())
-    table = Table(title=f"k-NN on {images:,} val images, {classes} classes (chance {100 / classes:.1f} %)")
-    table.add_column("features")
-    table.add_column("accuracy", justify="right")
-    table.add_row("raw pixels", f"{knn['pixels']:.1f} %")
-    table.add_row("encoder at initialisation", f"{knn['init']:.1f} %")
-    table.add_row(f"pretrained with {' + '.join(terms)}", f"[bold]{knn['pretrained']:.1f} %[/bold]")
-    return table
+def knn_table(accuracies: dict[str, float | None], *, images: int, classes: int, terms: Sequence[str]) -> Table:
+    """The numbers of `knn_report` for the terminal; `images` of `classes` classes are those of val."""
+    names = {
+        "pixels": "raw pixels",
+        "init": "encoder at initialisation",
+        "pretrained": f"pretrained with {' + '.join(terms)}",
+    }
+    rows = [(names[name], "-" if accuracy is None else f"{accuracy:.1f} %") for name, accuracy in accuracies.items()]
+    title = f"k-NN on {images:,} val images, {classes} classes (chance {100 / classes:.1f} %)"
+    return make_table(title, ("features", "accuracy"), rows)
 
 
 @torch.inference_mode()
-def draw_tokens(path: Path, data: Data, initial: Encoder, pretrained: Encoder, *, recipe, device, columns: int = 10):
-    """Write a PNG with one column per image; rows: image, visible patches, PCA of the tokens before and after."""
-    shown = data.val or data.pretrain
-    indices = torch.linspace(0, len(shown) - 1, min(columns, len(shown))).long()
-    images = eval_images(shown, indices, size=recipe.sides)
-    visible = draw_visible(
-        len(images),
-        recipe.grid,
-        hide_ratio=recipe.hide_ratio,
-        shape=recipe.mask_shape,
-        generator=generator_at(0, "figure"),
-    )
-    h, w = recipe.grid
-    pixels = images * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
+def draw_tokens(
+    path: Path,
+    images: Images,
+    initial: Encoder,
+    pretrained: Encoder,
+    *,
+    size: tuple[int, int],
+    hide_ratio: float,
+    mask_shape: str,
+    device: torch.device,
+    columns: int = 10,
+) -> None:
+    """Write a PNG with a column for each of some images; rows: image, visible patches, PCA of the tokens of an encoder
+    before and after pretraining."""
+    indices = torch.linspace(0, len(images) - 1, min(columns, len(images))).long()
+    views = eval_images(images, indices, size=size)
+    h, w = pretrained.tokenizer.grid(views)
+    generator = generator_at(0, "figure")
+    visible = draw_visible(len(views), (h, w), hide_ratio=hide_ratio, shape=mask_shape, generator=generator)
+    pixels = views * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
     pixels = rearrange(pixels.clamp(0, 1), "b c H W -> b H W c")
-    shown_patches = visible.view(-1, h, w).repeat_interleave(recipe.patch_size, 1)
-    shown_patches = shown_patches.repeat_interleave(recipe.patch_size, 2)[..., None]
-    rows = [("image", pixels), ("visible patches", torch.where(shown_patches, pixels, 0.85))]
+    p = pretrained.config.patch_size
+    visible_pixels = visible.view(-1, h, w).repeat_interleave(p, 1).repeat_interleave(p, 2)[..., None]
+    rows = [("image", pixels), ("visible patches", torch.where(visible_pixels, pixels, 0.85))]
     for name, encoder in (("tokens before", initial), ("tokens after", pretrained)):
-        tokens = encoder(images.to(device)).float().cpu()
+        tokens = encoder(views.to(device)).float().cpu()
         rows.append((name, rearrange(principal_colours(tokens), "b (h w) c -> b h w c", h=h)))
 
-    figure = Figure(figsize=(1.1 * len(images) + 1.2, 1.15 * len(rows)), layout="constrained")
-    for axes, (name, pictures) in zip(figure.subplots(len(rows), len(images), squeeze=False), rows):
+    figure = Figure(figsize=(1.1 * len(views) + 1.2, 1.15 * len(rows)), layout="constrained")
+    for axes, (name, pictures) in zip(figure.subplots(len(rows), len(views), squeeze=False), rows):
         for axis, picture in zip(axes, pictures):
             axis.imshow(picture.numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-            for spine in axis.spines.values():
-                spine.set_visible(False)
+            axis.spines[:].set_visible(False)
         axes[0].set_ylabel(name, fontsize=9)
     figure.savefig(path, dpi=130)
 

@@ -19,7 +19,6 @@ from scott_sparse.distributed import all_mean_with_grad
 from scott_sparse.evaluation.encoders import FrozenEncoder
 from scott_sparse.evaluation.features import extract
 from scott_sparse.evaluation.knn import knn_accuracy
-from scott_sparse.evaluation.report import knn_queries
 from scott_sparse.files import write_atomically
 from scott_sparse.model.vit import Encoder
 from scott_sparse.randomness import generator_at
@@ -41,7 +40,7 @@ class OnlineReport:
         epochs = run.recipe.report_every
         epochs = max(run.recipe.epochs / 10, MIN_EPOCHS) if epochs is None else epochs
         self.every_steps = max(round(epochs * run.steps_per_epoch), 1) if epochs else 0
-        data, queries = run.data, knn_queries(run.data)
+        data, queries = run.data, run.val
         bank = data.pretrain if queries is None else data.train
         self.bank, self.viewed = sample(bank, MAX_BANK_IMAGES), sample(data.pretrain, LIDAR_IMAGES)
         self.queries = None if queries is None else sample(queries, MAX_QUERY_IMAGES)

@@ -1,4 +1,4 @@
-"""Frozen features: what they are, that they are extracted once, and the models held against ours."""
+"""Frozen features, their cache, and the encoders they come from."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from conftest import TINY
 from scott_sparse import Encoder
 from scott_sparse.data.dataset import Images
 from scott_sparse.evaluation.encoders import FrozenEncoder, Pixels, TimmModel, fingerprint
-from scott_sparse.evaluation.features import BATCH, Features, eval_images, extract, kept
+from scott_sparse.evaluation.features import BATCH, Features, cached_features, eval_images, extract
 from scott_sparse.model.vit import layer_norm
 
 SIZE = (16, 24)
@@ -60,24 +60,68 @@ def test_copies_are_crops_of_the_same_images(encoder, images):
     assert torch.equal(extract(model, images, size=SIZE, copies=1).mean[n:], one)
 
 
-def test_kept_features_are_not_made_again(tmp_path):
+@pytest.fixture
+def cache(tmp_path):
+    """A function that asks for features under one name and says how often they have been made so far."""
     made = []
+    path = tmp_path / "folder" / "features.safetensors"
 
     def make():
-        made.append(1)
-        return Features(torch.rand(5, 2, 3), torch.rand(5, 4, 3).half())
+        made.append(Features(torch.rand(5, 2, 3), torch.rand(5, 4, 3).half()))
+        return made[-1]
 
-    path = tmp_path / "folder" / "features.safetensors"
-    first, second = kept(path, make), kept(path, make)
-    assert made == [1] and torch.equal(first.pooled, second.pooled) and torch.equal(first.tokens, second.tokens)
+    return path, lambda: (cached_features(path, make), len(made))
 
 
-def test_fingerprints_follow_every_weight_and_the_form(encoder):
+def test_features_are_made_once(cache):
+    (first, _), (second, made) = cache[1](), cache[1]()
+    assert made == 1 and torch.equal(first.pooled, second.pooled) and torch.equal(first.tokens, second.tokens)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: b"", lambda data: b"x" * len(data)])
+def test_a_damaged_file_is_replaced(cache, damage):
+    path, ask = cache
+    ask()
+    path.write_bytes(damage(path.read_bytes()))
+    assert ask()[1] == 2
+    assert ask()[1] == 2  # the new file is whole
+
+
+def test_a_full_disk_does_not_lose_the_features(cache, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("scott_sparse.evaluation.features.write_atomically", full)
+    features, _ = cache[1]()
+    assert features.pooled.shape == (5, 2, 3)
+    assert "warning: features are not cached" in capsys.readouterr().err
+
+
+def test_fingerprints_follow_every_weight_and_the_config(encoder):
     first = fingerprint(FrozenEncoder(encoder))
     assert first == fingerprint(FrozenEncoder(encoder))
+    for change in ({"heads": 2}, {"registers": 0}):
+        other = Encoder(dataclasses.replace(encoder.config, **change))
+        other.load_state_dict(encoder.state_dict(), strict=False)
+        assert fingerprint(FrozenEncoder(other)) != first
+    same_weights = Encoder(encoder.config, engine="dense")
+    same_weights.load_state_dict(encoder.state_dict())
+    assert fingerprint(FrozenEncoder(same_weights)) == first
     encoder.mask_token.data[0, 0, 0] += 1e-6
     assert fingerprint(FrozenEncoder(encoder)) != first
-    assert fingerprint(Pixels(8)) != fingerprint(torch.nn.Identity())
+
+
+def test_patch_sizes_have_different_fingerprints():
+    """SCOTT's stems for 8 and 16 have the same weights."""
+    encoders = []
+    for patch_size in (8, 16):
+        torch.manual_seed(0)
+        config = dataclasses.replace(TINY, patch_size=patch_size)
+        encoders.append(FrozenEncoder(Encoder(config)))
+    for (name, ours), theirs in zip(encoders[0].state_dict().items(), encoders[1].state_dict().values()):
+        assert torch.equal(ours, theirs), name
+    assert fingerprint(encoders[0]) != fingerprint(encoders[1])
+    assert fingerprint(Pixels(8)) != fingerprint(Pixels(16))
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
@@ -93,12 +137,15 @@ def test_timm(name, monkeypatch):
     with torch.inference_mode():
         pooled, tokens = model((pixels - mean) / std)
         torch.testing.assert_close(pooled[:, 0], model.model(theirs), atol=1e-4, rtol=1e-4)
+    first = fingerprint(model)
+    model.description["pretrained_cfg"]["mean"] = (0.1, 0.2, 0.3)
+    assert fingerprint(model) != first
     patch = 16 if "vit" in name else 32
     assert tokens.shape == (2, (-(-model.size[0] // patch)) ** 2, model.model.num_features)
 
 
 def test_timm_mistakes(monkeypatch):
-    with pytest.raises(ValueError, match="timm knows no such model"):
+    with pytest.raises(ValueError, match="unknown to timm"):
         TimmModel("resnet19")
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(ValueError, match="needs the package timm: pip install timm"):

@@ -1,7 +1,11 @@
-"""The scripts in eval/, as a user runs them: on a run folder and a folder of photos."""
+"""The scripts in eval/ as a user runs them: on a run folder and a folder of photos."""
 
+import ast
 import dataclasses
+import inspect
+import itertools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -18,16 +22,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from scott_sparse import Encoder, save_encoder
-from scott_sparse.data.dataset import DataConfig
-from scott_sparse.evaluation import probe as protocol
-from scott_sparse.evaluation.probe import Question
+from scott_sparse.data.dataset import DataConfig, open_data, short_side_for
+from scott_sparse.data.splits import save_digests
+from scott_sparse.evaluation import features, probe, subject
+from scott_sparse.evaluation.knn import KNNProbe
+from scott_sparse.evaluation.subject import ProbeConfig
 
-PROBES = {
-    "knn": (knn, Question, {}),
-    "linear": (linear, linear.LinearQuestion, {}),
-    "attentive": (attentive, attentive.AttentiveQuestion, {"epochs": 10}),
-    "fewshot": (fewshot, Question, {}),
+SCRIPTS = {  # name: what runs it, its flags, some of them shortened for the tests
+    "knn": (knn.main, ProbeConfig, {}),
+    "linear": (linear.main, linear.LinearConfig, {}),
+    "attentive": (attentive.main, attentive.AttentiveConfig, {"epochs": 10}),
+    "fewshot": (fewshot.run_few_shot, ProbeConfig, {}),
 }
+CONFIGS = {name: config for name, (_, config, _) in SCRIPTS.items()} | {"extract": extract.ExtractConfig}
 
 
 @pytest.fixture(scope="module")
@@ -55,127 +62,197 @@ def photos_folder(tmp_path_factory):
     return root
 
 
-def ask(probe, run, photos, cache, **fields):
-    module, question, more = PROBES[probe]
-    protocol_of = fields.pop("protocol", "clean")
-    source = DataConfig(data=str(photos), cache_dir=cache, protocol=protocol_of)
-    module.main(question(run=str(run), source=source, out=cache / "eval", **{**more, **fields}))
-    return {path.stem: json.loads(path.read_text()) for path in (cache / "eval").glob("*.json")}
+def evaluate(script, run, photos, cache, **fields):
+    """Run a script; the results of this call, in the order in which they were written."""
+    main, config, shortened = SCRIPTS[script]
+    source = DataConfig(data=str(photos), cache_dir=cache, protocol=fields.pop("protocol", "clean"))
+    out = fields.pop("out", cache / "eval")
+    main(config(run=str(run), source=source, out=out, **{**shortened, **fields}))
+    return json.loads(max(out.glob("*.json"), key=lambda path: path.stat().st_mtime_ns).read_text())
 
 
-@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("init", [None, "random", "pixels"])
-def test_a_probe_writes_its_answer(probe, init, run_folder, photos_folder, tmp_path, capsys):
-    (name,) = answers = ask(probe, run_folder, photos_folder, tmp_path, init=init)
-    assert name == f"{probe}-photos" + (f"-{init}" if init else "")
-    answer = answers[name]
-    assert answer["protocol"] == "clean" and answer["chosen_on"] == "val" and len(answer["weights_hash"]) == 32
-    assert answer["images"] == {"train": 66, "val": 6, "test": 24} and answer["classes"] == ["a", "b", "c"]
-    assert {"data_fingerprint", "seconds", "commit", "versions", "command"} <= set(answer)
-    test = answer["test"]
+def test_a_probe_writes_its_result(script, init, run_folder, photos_folder, tmp_path, capsys):
+    result = evaluate(script, run_folder, photos_folder, tmp_path, init=init)
+    (path,) = (tmp_path / "eval").glob("*.json")
+    probe_name = "attentive-epochs10" if script == "attentive" else script
+    assert path.stem.startswith(f"{probe_name}-photos" + (f"-{init}-" if init else "-"))
+    assert result["protocol"] == "clean" and result["chosen_on"] == "val" and len(result["weights_hash"]) == 32
+    assert result["images"] == {"train": 66, "val": 6, "test": 24} and result["classes"] == ["a", "b", "c"]
+    assert {"data_fingerprint", "seconds", "commit", "versions", "command"} <= set(result)
+    test = result["test"]
     assert test["n"] == 24 and len(test["per_class"]) == 3 and sum(map(sum, test["confusion"])) == 24
     assert test["top1_interval"][0] <= test["top1"] <= test["top1_interval"][1]
-    if probe != "fewshot":
-        assert answer["choice"].items() <= max(answer["settings_tried"], key=lambda s: s["top1"]).items()
-        assert answer["val"]["top1"] == max(s["top1"] for s in answer["settings_tried"])
+    if script != "fewshot":
+        assert result["choice"].items() <= max(result["settings_tried"], key=lambda s: s["top1"]).items()
+        assert result["val"]["top1"] == max(s["top1"] for s in result["settings_tried"])
         assert test["top1"] > 60  # chance is 33; each class has a colour
     else:
-        assert set(answer["shots"]) == {"1", "5", "10"} and len(answer["shots"]["5"]["top1"]["all"]) == 5
-    assert (tmp_path / "eval" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    assert name in capsys.readouterr().out
+        assert set(result["shots"]) == {"1", "5", "10"} and len(result["shots"]["5"]["top1"]["all"]) == 5
+    assert path.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    assert path.name in capsys.readouterr().out
 
 
 def test_random_is_the_runs_own_initialisation(run_folder, photos_folder, tmp_path):
-    answers = ask("knn", run_folder, photos_folder, tmp_path)
-    answers = ask("knn", run_folder, photos_folder, tmp_path, init="random")
-    assert answers["knn-photos"]["weights_hash"] == answers["knn-photos-random"]["weights_hash"]
-    answers = ask("knn", run_folder, photos_folder, tmp_path, weights="context")
-    assert answers["knn-photos"]["weights_hash"] != answers["knn-photos-context"]["weights_hash"]
+    hashes = [
+        evaluate("knn", run_folder, photos_folder, tmp_path, **fields)["weights_hash"]
+        for fields in ({}, {"init": "random"}, {"weights": "context"})
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_the_first_weights_of_a_run_are_those_of_its_seed(tmp_path, photos_folder, monkeypatch):
     """Of a real run, whose learning rate is next to nothing."""
     import pretrain
 
-    tiny = [
-        "small-data",
-        "--image-size",
-        "16",
-        "--size",
-        "demo",
-        "--batch-size",
-        "8",
-        "--stem-width",
-        "8",
-        "--lr",
-        "1e-30",
-    ]
-    tiny += ["--lr-start", "1e-30", "--lr-final", "1e-30", "--epochs", "0.3", "--warmup-epochs", "0", "--seed", "5"]
-    arguments = [*tiny, "--data", str(photos_folder), "--cache-dir", str(tmp_path), "--out", str(tmp_path / "run")]
+    tiny = "small-data --image-size 16 --size demo --batch-size 8 --stem-width 8 --lr 1e-30 --lr-start 1e-30"
+    tiny += " --lr-final 1e-30 --epochs 0.3 --warmup-epochs 0 --seed 5"
+    places = ["--data", str(photos_folder), "--cache-dir", str(tmp_path), "--out", str(tmp_path / "run")]
+    arguments = [*tiny.split(), *places]
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])
     pretrain.main()
-    first = protocol.open_subject(Question(run=str(tmp_path / "run"), init="random")).model.encoder.state_dict()
+    first = subject.open_encoder(ProbeConfig(run=str(tmp_path / "run"), init="random")).model.encoder.state_dict()
     for file in ("encoder.safetensors", "context.safetensors"):
         for name, tensor in load_file(tmp_path / "run" / file).items():
             torch.testing.assert_close(tensor, first[name], atol=1e-12, rtol=1e-6)
 
 
-@pytest.mark.parametrize("probe", ["knn", "linear", "attentive"])
-def test_shuffled_test_labels_do_not_move_the_choice(probe, run_folder, photos_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", ["knn", "linear", "attentive"])
+def test_shuffled_test_labels_do_not_move_the_choice(script, run_folder, photos_folder, tmp_path, monkeypatch):
     """If they did, the choice would have seen them."""
-    before = ask(probe, run_folder, photos_folder, tmp_path / "a")[f"{probe}-photos"]
-    open_data = protocol.open_data
+    before = evaluate(script, run_folder, photos_folder, tmp_path / "a")
 
     def shuffled(*arguments, **options):
         data = open_data(*arguments, **options)
         data.test.labels[:] = data.test.labels.roll(1)
         return data
 
-    monkeypatch.setattr(protocol, "open_data", shuffled)
-    after = ask(probe, run_folder, photos_folder, tmp_path / "b")[f"{probe}-photos"]
+    monkeypatch.setattr(probe, "open_data", shuffled)
+    after = evaluate(script, run_folder, photos_folder, tmp_path / "b")
     assert after["choice"] == before["choice"] and after["settings_tried"] == before["settings_tried"]
     assert after["val"] == before["val"] and after["test"]["top1"] < before["test"]["top1"]
 
 
-def test_test_is_answered_once_and_by_the_choice_alone(run_folder, photos_folder, tmp_path, monkeypatch):
-    asked = []
-    answers = knn.KNNProbe.answers
+def test_the_probe_sees_test_once_with_the_chosen_setting(run_folder, photos_folder, tmp_path, monkeypatch):
+    calls = []
 
-    def watched(self, features, settings):
-        asked.append((len(features.pooled), len(list(settings))))
-        return answers(self, features, settings)
+    def watched(self, features, settings, logits=KNNProbe.logits):
+        calls.append((len(features.pooled), len(list(settings))))
+        return logits(self, features, settings)
 
-    monkeypatch.setattr(knn.KNNProbe, "answers", watched)
-    ask("knn", run_folder, photos_folder, tmp_path)
-    assert asked == [(6, 6), (24, 1)]  # k = 1, 5, 10, 20, 50, and 66, which is the whole bank
+    monkeypatch.setattr(KNNProbe, "logits", watched)
+    evaluate("knn", run_folder, photos_folder, tmp_path)
+    assert calls == [(6, 6), (24, 1)]  # k = 1, 5, 10, 20, 50, and 66, which is the whole bank
 
 
-def test_the_paper_protocol_says_so(run_folder, photos_folder, tmp_path):
+def test_the_paper_protocol(run_folder, photos_folder, tmp_path):
     """No val was published: the choice is made on test, by all of train."""
-    answer = ask("knn", run_folder, photos_folder, tmp_path, protocol="paper")["knn-photos-paper"]
-    assert answer["protocol"] == "paper" and answer["chosen_on"] == "test"
-    assert answer["images"] == {"train": 72, "val": 24, "test": 24} and answer["val"] == answer["test"]
+    result = evaluate("knn", run_folder, photos_folder, tmp_path, protocol="paper")
+    assert result["protocol"] == "paper" and result["chosen_on"] == "test"
+    assert result["images"] == {"train": 72, "val": 24, "test": 24} and result["val"] == result["test"]
 
 
-def test_a_run_that_has_seen_test_is_not_evaluated_as_clean(run_folder, photos_folder, tmp_path):
-    seen = {"data": {"source": str(photos_folder), "protocol": "paper"}}
-    (run_folder / "summary.json").write_text(json.dumps(seen))
-    try:
-        with pytest.raises(ValueError, match="on the test images too: --protocol paper"):
-            ask("knn", run_folder, photos_folder, tmp_path)
-        ask("knn", run_folder, photos_folder, tmp_path, init="random")
-        answer = ask("knn", run_folder, photos_folder, tmp_path, protocol="paper")["knn-photos-paper"]
-        assert answer["pretraining"] == seen["data"] and answer["pretrained_on_this_data"]
-    finally:
-        (run_folder / "summary.json").unlink()
+@pytest.fixture
+def pretrained_on(run_folder, tmp_path):
+    """A function that makes a run which was pretrained on a folder under a protocol: its run folder."""
+
+    def make(photos, protocol="clean", *, digests=True):
+        run = shutil.copytree(run_folder, tmp_path / f"run-{protocol}-{digests}", dirs_exist_ok=True)
+        data = open_data(
+            DataConfig(data=str(photos), cache_dir=tmp_path, protocol=protocol), short_side=short_side_for((16, 16))
+        )
+        about = {"source": str(photos), "protocol": protocol, "fingerprint": data.fingerprint}
+        (run / "summary.json").write_text(json.dumps({"data": about}))
+        if digests:
+            save_digests(run, data.pretrain)
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize("image_size", [None, 32, 256])
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_run_pretrained_on_test_is_not_evaluated_as_clean(pretrained_on, photos_folder, tmp_path, moved, image_size):
+    """Wherever the images lie, and at whatever size they are evaluated."""
+    run = pretrained_on(photos_folder, "paper")
+    photos = shutil.copytree(photos_folder, tmp_path / "moved" / "elsewhere") if moved else photos_folder
+    with pytest.raises(ValueError, match=r"on 24 of the 24 test images of .*: evaluate with --protocol paper"):
+        evaluate("knn", run, photos, tmp_path, image_size=image_size)
+    evaluate("knn", run, photos, tmp_path, init="random")
+    result = evaluate("knn", run, photos, tmp_path, protocol="paper")
+    assert result["test_images_pretrained_on"] == 24 and result["pretraining"]["protocol"] == "paper"
+
+
+def test_a_folder_without_splits_that_was_pretrained_on_whole(pretrained_on, photos_folder, tmp_path, capsys):
+    """Test images are images of pretraining under other names, and in another data set."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in photos_folder.rglob("*.png"):
+        shutil.copy(path, flat / "-".join(path.relative_to(photos_folder).parts))
+    with pytest.raises(ValueError, match="on 24 of the 24 test images"):
+        evaluate("knn", pretrained_on(flat), photos_folder, tmp_path)
+    assert f"was pretrained on other data ({flat})" in capsys.readouterr().out
+
+
+def test_copies_within_the_data_set_are_reported_and_allowed(pretrained_on, photos_folder, tmp_path, capsys):
+    photos = shutil.copytree(photos_folder, tmp_path / "with-copies")
+    for i in range(3):
+        shutil.copy(photos / "test" / "a" / f"{i}.png", photos / "train" / "a" / f"copy-{i}.png")
+    run = pretrained_on(photos)
+    for image_size in (None, 256):
+        result = evaluate("knn", run, photos, tmp_path, image_size=image_size)
+        assert result["test_images_pretrained_on"] == 3 == result["test_images_also_in_training"]
+    assert "other data" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="on 3 of the 24 test images"):  # these copies are not in this data set
+        evaluate("knn", run, photos_folder, tmp_path)
+
+
+def test_a_run_without_digests(pretrained_on, photos_folder, tmp_path):
+    run = pretrained_on(photos_folder, digests=False)
+    assert evaluate("knn", run, photos_folder, tmp_path)["test_images_pretrained_on"] is None
+    run = pretrained_on(photos_folder, "paper", digests=False)  # all that is known: the same images, test included
+    with pytest.raises(ValueError, match="on 24 of the 24 test images"):
+        evaluate("knn", run, photos_folder, tmp_path)
 
 
 def test_features_are_extracted_once(run_folder, photos_folder, tmp_path, monkeypatch):
-    ask("knn", run_folder, photos_folder, tmp_path)
-    monkeypatch.setattr(protocol, "extract", None)
-    ask("linear", run_folder, photos_folder, tmp_path)
+    evaluate("knn", run_folder, photos_folder, tmp_path)
+    monkeypatch.setattr(probe, "extract", None)
+    evaluate("linear", run_folder, photos_folder, tmp_path)
 
 
+def test_a_full_disk_of_the_feature_cache_does_not_end_an_evaluation(run_folder, photos_folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(features, "write_atomically", full)
+    assert evaluate("knn", run_folder, photos_folder, tmp_path)["test"]["n"] == 24
+
+
+def test_results_of_different_data_sizes_and_settings_are_kept_apart(run_folder, photos_folder, tmp_path, capsys):
+    """Two folders of one name, two sizes, two settings and two sets of weights: six files, and all in the table."""
+    other = shutil.copytree(photos_folder, tmp_path / "other" / "photos")
+    (other / "train" / "a" / "0.png").unlink()
+    out = tmp_path / "eval"
+    for data in (photos_folder, other):
+        evaluate("knn", run_folder, data, tmp_path, out=out)
+    for fields in ({"image_size": 32}, {"image_size": (16, 24)}, {"weights": "context"}):
+        evaluate("knn", run_folder, photos_folder, tmp_path, out=out, **fields)
+    for epochs in (1, 2):
+        evaluate("attentive", run_folder, photos_folder, tmp_path, out=out, epochs=epochs)
+    evaluate("knn", run_folder, photos_folder, tmp_path, out=out)  # the same again
+    assert len(list(out.glob("*.json"))) == len(list(out.glob("*.png"))) == 7
+    capsys.readouterr()
+    table.main(table.TableConfig((tmp_path,)))
+    printed = capsys.readouterr().out
+    assert f"{photos_folder}, clean protocol" in printed and f"{other}, clean protocol" in printed
+    for encoder in ("pretrained, 16 px", "pretrained, 32 px", "pretrained, 16 x 24 px", "context, 16 px"):
+        assert f"| {run_folder} {encoder} " in printed
+    assert "| attentive-epochs1 | attentive-epochs2 |" in printed
+
+
+@pytest.mark.slow
 def test_one_process_and_two_give_the_same_numbers(run_folder, photos_folder, tmp_path, clean_environment):
     launch = {
         1: [sys.executable],
@@ -187,9 +264,10 @@ def test_one_process_and_two_give_the_same_numbers(run_folder, photos_folder, tm
         arguments = ["eval/linear.py", run_folder, "--data", photos_folder, "--cache-dir", out, "--out", out / "eval"]
         done = subprocess.run([*command, *arguments], cwd=ROOT, env=clean_environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
-        answer = json.loads((out / "eval" / "linear-photos.json").read_text())
-        features = {path.name: load_file(path) for path in sorted((out / "features").iterdir())}
-        results.append(({k: answer[k] for k in ("choice", "val", "test", "settings_tried")}, features))
+        (path,) = (out / "eval").glob("linear-photos-*.json")
+        result = json.loads(path.read_text())
+        tensors = {path.name: load_file(path) for path in sorted((out / "features").iterdir())}
+        results.append(({k: result[k] for k in ("choice", "val", "test", "settings_tried")}, tensors))
     (one, features_of_one), (two, features_of_two) = results
     assert one == two
     assert list(features_of_one) == list(features_of_two)
@@ -200,7 +278,7 @@ def test_one_process_and_two_give_the_same_numbers(run_folder, photos_folder, tm
 def test_extract(run_folder, photos_folder, tmp_path, capsys):
     file = tmp_path / "features.safetensors"
     source = DataConfig(data=str(photos_folder), cache_dir=tmp_path)
-    extract.main(extract.ExtractQuestion(run=str(run_folder), source=source, file=file, patches=True))
+    extract.main(extract.ExtractConfig(run=str(run_folder), source=source, file=file, patches=True))
     tensors = load_file(file)
     assert {name: tuple(x.shape) for name, x in tensors.items()} == {
         "embeddings": (96, 32),
@@ -215,23 +293,25 @@ def test_extract(run_folder, photos_folder, tmp_path, capsys):
 
 
 def test_table(run_folder, photos_folder, tmp_path, capsys):
-    for probe in ("knn", "fewshot"):
-        ask(probe, run_folder, photos_folder, tmp_path)
-    ask("knn", run_folder, photos_folder, tmp_path, init="pixels")
+    for script in ("fewshot", "knn"):
+        evaluate(script, run_folder, photos_folder, tmp_path)
+    evaluate("knn", run_folder, photos_folder, tmp_path, init="pixels")
     capsys.readouterr()
-    table.main([str(tmp_path)])
-    out = capsys.readouterr().out
-    assert "photos, clean protocol" in out and "| knn | 1 shot | 5 shots | 10 shots |" in out
-    assert "| run pretrained | 100.0 ± " in out and "| run pixels | 100.0 ± " in out
-    with pytest.raises(SystemExit, match=r"nothing/eval holds no results; expected those of eval/knn.py"):
-        table.main([str(tmp_path / "nothing")])
+    table.main(table.TableConfig((tmp_path,)))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert any(line.startswith(f"{photos_folder}, clean protocol: test top-1, %") for line in lines)
+    assert "| encoder | knn | 1 shot | 5 shots | 10 shots |" in lines
+    assert any(line.startswith(f"| {run_folder} pretrained, 16 px | 100.0 ± ") for line in lines)
+    assert any(line.startswith(f"| {run_folder} pixels, 16 px | 100.0 ± ") for line in lines)
 
 
-def mistaken(arguments, monkeypatch, script=knn, question=Question):
-    monkeypatch.setattr(sys, "argv", ["knn.py", *map(str, arguments)])
+def mistake(arguments, monkeypatch, script="knn"):
+    """The line with which a script ends."""
+    main, config, _ = {"table": (table.main, table.TableConfig, {}), **SCRIPTS}[script]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
-        protocol.ask(question, script.main)
-    assert "\n" not in end.value.code
+        subject.run_script(config, main)
+    assert end.value.code.startswith("error: ") and "\n" not in end.value.code
     return end.value.code
 
 
@@ -239,19 +319,23 @@ def test_mistakes_end_in_one_line(run_folder, photos_folder, tmp_path, monkeypat
     data = ["--data", photos_folder, "--cache-dir", tmp_path]
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "expected encoder.safetensors and encoder.json" in mistaken([empty, *data], monkeypatch)
-    assert "name a run folder" in mistaken(data, monkeypatch)
-    assert "--timm stands in place of a run" in mistaken([run_folder, "--timm", "resnet18", *data], monkeypatch)
-    assert "no images are named" in mistaken([run_folder], monkeypatch)
     unlabelled = photos({".": 4}, name="unlabelled")
-    assert "has no labels" in mistaken([run_folder, "--data", unlabelled, "--cache-dir", tmp_path], monkeypatch)
-    wrong = mistaken([run_folder, *data, "--image-size", "20"], monkeypatch)
-    assert "multiple of patch_size 8" in wrong
-    more = photos({"train/a": 6, "train/b": 6, "test/a": 3, "test/c": 3}, name="more")
-    assert "no training image of 1 classes (c)" in mistaken(
-        [run_folder, "--data", more, "--cache-dir", tmp_path], monkeypatch
+    lacking = photos({"train/a": 6, "train/b": 6, "test/a": 3, "test/c": 3}, name="lacking")
+    for arguments, message in (
+        ([empty, *data], "expected encoder.safetensors and encoder.json"),
+        (data, "name a run folder"),
+        ([run_folder, "--timm", "resnet18", *data], "--timm stands in place of a run"),
+        ([run_folder], "no images are named"),
+        ([run_folder, "--data", unlabelled, "--cache-dir", tmp_path], "has no labels"),
+        ([run_folder, *data, "--image-size", "20"], "multiple of patch_size 8"),
+        ([run_folder, "--data", lacking, "--cache-dir", tmp_path], "no training image of 1 classes (c)"),
+        ([run_folder, *data, "--neighbours", "3"], "Unrecognized"),
+    ):
+        assert message in mistake(arguments, monkeypatch)
+    assert "nothing/eval holds no results; expected those of eval/knn.py" in mistake(
+        [tmp_path / "nothing"], monkeypatch, "table"
     )
-    assert "Unrecognized" in mistaken([run_folder, *data, "--neighbours", "3"], monkeypatch)
+    assert "name at least one run folder" in mistake([], monkeypatch, "table")
 
 
 def test_weights_that_do_not_fit_are_not_evaluated(run_folder, photos_folder, tmp_path, monkeypatch):
@@ -260,5 +344,14 @@ def test_weights_that_do_not_fit_are_not_evaluated(run_folder, photos_folder, tm
     config = json.loads((other / "encoder.json").read_text())
     (other / "encoder.json").write_text(json.dumps({**config, "dim": 48}))
     (other / "recipe.json").write_text((run_folder / "recipe.json").read_text())
-    said = mistaken([other, "--data", photos_folder, "--cache-dir", tmp_path], monkeypatch)
-    assert "mask_token has shape [1, 1, 32], expected [1, 1, 48]" in said
+    message = mistake([other, "--data", photos_folder, "--cache-dir", tmp_path], monkeypatch)
+    assert "mask_token has shape [1, 1, 32], expected [1, 1, 48]" in message
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), table.TableConfig, DataConfig])
+def test_every_flag_has_a_help_line(config):
+    body = ast.parse(inspect.getsource(config)).body[0].body
+    for field, following in itertools.pairwise([*body, ast.Pass()]):
+        if isinstance(field, ast.AnnAssign) and field.target.id != "source":  # its own fields are flags
+            is_help = isinstance(following, ast.Expr) and isinstance(following.value.value, str)
+            assert is_help and len(following.value.value.split()) >= 3, field.target.id

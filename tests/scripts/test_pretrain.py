@@ -77,7 +77,7 @@ def test_the_papers_recipe_in_miniature_without_labels(photos, tmp_path):
         "flowers102", *small, "--epochs", 2, "--warmup-epochs", 1, "--data", root, "--out", out
     )
     assert message is None
-    assert summary(out)["knn"] is None and "k-NN" not in printed
+    assert summary(out)["knn"]["pretrained"] is None and "k-NN" not in printed
     assert summary(out)["terms"] == ["MIM-JEPA"] and "loss terms: MIM-JEPA" in printed
     assert "mim" in metrics(out)[0] and "ntxent" not in metrics(out)[0]
 
@@ -87,24 +87,24 @@ def test_one_photo_per_class_is_enough_to_train(photos, tmp_path):
     root, out = photos(dict.fromkeys("abcdef", 1)), tmp_path / "run"
     message, printed = run_pretraining(*TINY_RUN, "--data", root, "--out", out, "--epochs", 1, "--batch-size", 2)
     assert message is None and "k-NN" not in printed
-    assert summary(out)["knn"] is None and summary(out)["steps"] == 3
+    assert summary(out)["knn"]["pretrained"] is None and summary(out)["steps"] == 3
     load_encoder(out)
 
 
 def test_what_follows_training_cannot_cost_its_weights(labelled, tmp_path, monkeypatch):
     """The table fails once; the same command then writes the rest, and trains nothing again."""
-    out, real = tmp_path / "run", pretrain.knn_on_val
+    out, real = tmp_path / "run", pretrain.knn_report
     arguments = [*TINY_RUN, "--data", labelled, "--out", out]
 
     def fail(*_, **__):
         raise AttributeError("a fault of ours")
 
-    monkeypatch.setattr(pretrain, "knn_on_val", fail)
+    monkeypatch.setattr(pretrain, "knn_report", fail)
     with pytest.raises(AttributeError):
         run_pretraining(*arguments)
     weights = load_file(out / "encoder.safetensors")
     assert (out / "context.safetensors").exists() and not (out / "summary.json").exists()
-    monkeypatch.setattr(pretrain, "knn_on_val", real)
+    monkeypatch.setattr(pretrain, "knn_report", real)
     monkeypatch.setattr(pretrain, "update_target", fail)
     message, printed = run_pretraining(*arguments)
     assert message is None and "resuming after step 4 of 4" in printed
@@ -117,7 +117,7 @@ def test_forty_demo_steps_lower_the_loss(tmp_path, monkeypatch):
     out = tmp_path / "run"
     steps = 40 / (5000 // 16)
     arguments = ["--batch-size", 16, "--epochs", steps, "--warmup-epochs", steps / 6, "--report-every", 0, "--out", out]
-    monkeypatch.setattr(pretrain, "knn_on_val", lambda *_, **__: None)
+    monkeypatch.setattr(pretrain, "knn_report", lambda *_, **__: {})
     message, _ = run_pretraining(*arguments)
     assert message is None
     losses = [line["loss"] for line in metrics(out)]

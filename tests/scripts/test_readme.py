@@ -12,7 +12,7 @@ import tyro
 from conftest import ROOT
 
 from scott_sparse import Encoder, EncoderConfig, save_encoder
-from scott_sparse.evaluation import probe as protocol
+from scott_sparse.evaluation.subject import ProbeConfig
 from scott_sparse.training import recipe as recipes
 
 README = (ROOT / "README.md").read_text()
@@ -22,11 +22,11 @@ LINES = [
 ]
 COMMANDS = [line for line in LINES if "train/pretrain.py" in line]
 QUESTIONS = {
-    "knn": protocol.Question,
-    "linear": linear.LinearQuestion,
-    "attentive": attentive.AttentiveQuestion,
-    "fewshot": protocol.Question,
-    "extract": extract.ExtractQuestion,
+    "knn": ProbeConfig,
+    "linear": linear.LinearConfig,
+    "attentive": attentive.AttentiveConfig,
+    "fewshot": ProbeConfig,
+    "extract": extract.ExtractConfig,
 }
 
 

@@ -226,7 +226,6 @@ MISTAKES = {
     "old engine": (["--engine", "tiles"], "expected one of auto, dense, halo, spconv; tiles is called halo now"),
     "no folder": (["--data", "nowhere"], "nowhere: no such folder"),
     "no data": (["small-data"], "--data needs a folder of images"),
-    "batch size": (["--batch-size", "6000"], "batch_size 6000 is larger than the data set (5000 images"),
     "accumulate": (["--accumulate", "7"], "does not divide"),
     "no such set": (["--data", "flowers103"], "flowers103: no such folder; expected a folder of images, hf:OWNER/NAME"),
 }
@@ -240,6 +239,11 @@ def test_mistakes_end_in_one_line(name, tmp_path):
     assert message is not None and message.startswith("error: ") and expected in message
     assert "\n" not in message
     assert not out.exists()
+
+
+def test_a_batch_larger_than_the_data_set(labelled, tmp_path):
+    message, _ = run_pretraining(*TINY_RUN, "--data", labelled, "--out", tmp_path / "run", "--batch-size", 24)
+    assert "batch_size 24 is larger than the data set (20 images to train on); use --batch-size 20 or less" in message
 
 
 def test_unreadable_images_stop_or_are_left_out(labelled, tmp_path):

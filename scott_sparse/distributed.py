@@ -66,7 +66,7 @@ def on_all_processes(act: Callable[[], T]) -> T:
         result, mistake = act(), None
     except (ValueError, OSError) as error:
         result, mistake = None, error
-    messages: list[str | None] = [None] * world_size()
+    messages: list = [None] * world_size()
     if world_size() > 1:
         message = None if mistake is None else f"process {rank()} on {platform.node()}: {mistake}"
         torch.distributed.all_gather_object(messages, message)

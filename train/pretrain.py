@@ -92,7 +92,7 @@ def train(run: Run, target: Encoder) -> dict:
             set_schedules(optimizer, schedules, step)
             projections = projections_at(recipe, step, device)
             losses, cached = [], None
-            if recipe.accumulate > 1 and recipe.objective.cross_crop_weight:
+            if recipe.accumulate > 1 and recipe.objective.cross_crop_weight:  # compares images of all micro-batches
                 seen = ((context, visible) for context, _, visible in map(inputs, parts))
                 cached = cache_pooled(model, seen, accelerator, seed=recipe.seed, step=step)
             for number, part in enumerate(parts):
@@ -125,7 +125,8 @@ def train(run: Run, target: Encoder) -> dict:
                 optimizer.optimizer.found_inf = nonfinite  # where 1, the fused kernel changes nothing; no wait for it
             optimizer.step()
             if not optimizer.step_was_skipped:
-                update_target(target, trained.encoder, schedules.momentum_at(step), skip=nonfinite)
+                skip = nonfinite if recipe.on_nonfinite == "skip" else None  # else nothing is saved of this target
+                update_target(target, trained.encoder, schedules.momentum_at(step), skip=skip)
             optimizer.zero_grad()
             log.add(step, {**terms, "gradient_norm": norm}, schedules.at(step), nonfinite)
             report.after_step(step + 1, terms["loss"].where(nonfinite == 0, torch.nan))

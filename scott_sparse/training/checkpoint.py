@@ -46,8 +46,7 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, dict[str, Tensor]]
             files[f"{name}.safetensors"] = _digest(data)
             write_synced(temporary / f"{name}.safetensors", data)
         content = {"format": FORMAT, "step": step, "files": files, "run": state}
-        signed = {"digest": _digest(_canonical(content)), "content": content}
-        write_synced(temporary / STATE, json.dumps(signed).encode())
+        write_synced(temporary / STATE, json.dumps({"digest": _digest(content), "content": content}).encode())
         sync_folder(temporary)
         if path.exists():  # a damaged one
             shutil.rmtree(path)
@@ -85,9 +84,7 @@ def check(path: Path) -> None:
     """Raises ValueError or OSError if a file of a checkpoint is missing or differs from its checksum."""
     content = _content(path)
     for name in (f"{part}.safetensors" for part in PARTS):
-        with (path / name).open("rb") as file:
-            digest = hashlib.file_digest(file, _hasher).hexdigest()
-        if digest != content["files"].get(name):
+        if _digest((path / name).read_bytes()) != content["files"].get(name):
             raise ValueError(f"{path / name} is damaged: its checksum differs.")
 
 
@@ -143,7 +140,7 @@ def prune(folder: Path, step: int, *, last: int, every: int | None) -> None:
 def _content(path: Path) -> dict[str, Any]:
     signed = read_json(path / STATE)
     content = signed.get("content")
-    if not isinstance(content, dict) or signed.get("digest") != _digest(_canonical(content)):
+    if not isinstance(content, dict) or signed.get("digest") != _digest(content):
         raise ValueError(f"{path / STATE} is damaged: its checksum differs.")
     _check_form(content, {"format": int, "step": int, "files": dict, "run": dict}, str(path / STATE))
     if content["format"] != FORMAT:
@@ -164,13 +161,6 @@ def _check_form(value: Any, form: Any, where: str) -> None:
         raise ValueError(f"{where} is {type(value).__name__}, which is no state of a run.")
 
 
-def _canonical(content: dict) -> bytes:
-    return json.dumps(content, sort_keys=True).encode()
-
-
-def _hasher(data: bytes = b""):
-    return hashlib.blake2b(data, digest_size=16)
-
-
-def _digest(data: bytes) -> str:
-    return _hasher(data).hexdigest()
+def _digest(content: bytes | dict) -> str:
+    data = content if isinstance(content, bytes) else json.dumps(content, sort_keys=True).encode()
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from scott_sparse.data.dataset import Images
+from scott_sparse.data.images import Images
 from scott_sparse.distributed import all_mean_with_grad
 from scott_sparse.evaluation.encoders import FrozenEncoder
 from scott_sparse.evaluation.features import extract
 from scott_sparse.evaluation.knn import knn_accuracy
-from scott_sparse.evaluation.report import knn_queries
 from scott_sparse.files import write_atomically
 from scott_sparse.model.vit import Encoder
 from scott_sparse.randomness import generator_at
@@ -41,11 +40,13 @@ class OnlineReport:
         epochs = run.recipe.report_every
         epochs = max(run.recipe.epochs / 10, MIN_EPOCHS) if epochs is None else epochs
         self.every_steps = max(round(epochs * run.steps_per_epoch), 1) if epochs else 0
-        data, queries = run.data, knn_queries(run.data)
-        self.bank_of = data.pretrain if queries is None else data.train
-        self.bank, self.queries_of = sample(self.bank_of, MAX_BANK_IMAGES), queries
+        data, queries = run.data, run.val
+        bank = data.pretrain if queries is None else data.train
+        self.bank, self.viewed = sample(bank, MAX_BANK_IMAGES), sample(data.pretrain, LIDAR_IMAGES)
         self.queries = None if queries is None else sample(queries, MAX_QUERY_IMAGES)
-        self.viewed = sample(data.pretrain, LIDAR_IMAGES)
+        counts = {"bank": (len(self.bank), len(bank)), "queries": (len(self.queries or ()), len(queries or ()))}
+        sampled = [f"{name}: {n:,} of {every:,} images" for name, (n, every) in counts.items() if n < every]
+        self.sampled = f" ({', '.join(sampled)})" if sampled else ""
         self.path = run.out / REPORTS
         self.reports: list[Health] = []
         self.losses: list[Tensor] = []  # since the last report, on the device
@@ -132,16 +133,7 @@ class OnlineReport:
 
     def line(self, health: Health) -> str:
         """A report as it is printed; it says where k-NN looks at a sample of the images."""
-        knn = ""
-        if self.queries is not None and self.queries_of is not None:
-            parts = {"bank": (self.bank, self.bank_of), "queries": (self.queries, self.queries_of)}
-            sampled = [
-                f"{name}: {len(part):,} of {len(every):,} images"
-                for name, (part, every) in parts.items()
-                if len(part) < len(every)
-            ]
-            note = f" ({', '.join(sampled)})" if sampled else ""
-            knn = f"k-NN on val {health.knn:.1f} ± {health.knn_error:.1f} %{note}, "
+        knn = f"k-NN on val {health.knn:.1f} ± {health.knn_error:.1f} %{self.sampled}, " if self.queries else ""
         return (
             f"epoch {health.epoch:g}: {knn}RankMe {health.rankme:.0f}, LiDAR {health.lidar:.0f}, std {health.std:.2f}, "
             f"token similarity {health.token_similarity:.2f}, EMA distance {health.ema_distance:.3f}: {self.verdict}"

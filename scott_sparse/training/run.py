@@ -20,6 +20,7 @@ from rich.console import Console
 
 from scott_sparse.data.batches import Batch, Batches, default_workers, load
 from scott_sparse.data.dataset import Data, open_data, short_side_for
+from scott_sparse.data.images import Images
 from scott_sparse.distributed import full_state_dict, main_then_broadcast, on_all_processes
 from scott_sparse.files import write_json
 from scott_sparse.model.jepa import MIMJEPA, make_target
@@ -62,6 +63,16 @@ class Run:
     @property
     def schedules(self) -> Schedules:
         return self.recipe.schedules(self.steps_per_epoch)
+
+    @property
+    def val(self) -> Images | None:
+        """Val images, by which runs may be compared: None without labels, and where they are also test images.
+
+        The paper protocol may have no val of its own. Whoever tunes by reports and table must not tune on test.
+        """
+        val, test = self.data.val, self.data.test
+        is_test = val is not None and test is not None and torch.isin(val.rows, test.rows).any()
+        return None if self.data.classes is None or is_test else val
 
     @property
     def encoder_parameters(self) -> int:
@@ -117,7 +128,7 @@ class Run:
             remedy = "make room, and the same command writes them"
             raise RunFailed(f"the weights cannot be written ({error}); {remedy}.") from None
 
-    def write_summary(self, training: dict[str, Any], knn: dict[str, float] | None) -> dict[str, Any]:
+    def write_summary(self, training: dict[str, Any], knn: dict[str, float | None]) -> dict[str, Any]:
         """Write and return what the run was and gave; `training` is what the loop returned."""
         recipe, data, device = self.recipe, self.data, self.accelerator.device
         roles = {role: getattr(data, role) for role in ("pretrain", "train", "val", "test")}

@@ -2,6 +2,7 @@
 
 import json
 
+import pretrain
 import pytest
 import torch
 from conftest import TINY_RUN, run_pretraining
@@ -12,8 +13,9 @@ from scott_sparse.training import monitor
 
 
 @pytest.fixture
-def pretrained(tmp_path):
+def pretrained(tmp_path, monkeypatch):
     """A function that runs train/pretrain.py; returns its run folder, what it printed and how it ended."""
+    monkeypatch.setattr(pretrain, "draw_tokens", lambda *_, **__: None)
 
     def go(data, *more):
         out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"

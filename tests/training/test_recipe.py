@@ -72,6 +72,9 @@ MISTAKES = {
     "--engine tiles": "expected one of auto, dense, halo, spconv; tiles is called halo now",
     "--tokenizer conv": "unknown tokenizer 'conv'; expected one of scott, patch",
     "--temperature 0": "temperature 0.0 must be positive",
+    "--cross-crop-loss sigreg --temperature 0.1": "temperature 0.1 has no effect: it is for NT-Xent",
+    "--mim-weight 0 --predictor-depth 2": "it is for MIM-JEPA, the loss is NT-Xent; leave it at 1",
+    "--tokenizer conv": "unknown tokenizer 'conv'; expected one of scott, patch",
     "--epochs many": "Error parsing --epochs: could not convert string to float: 'many'",
     "--crop-scale 0.5 2.0": "crop_scale is (0.5, 2.0)",
     "--workers -1": "workers -1 must be 0 or more",
@@ -89,6 +92,19 @@ def test_mistakes_name_field_value_and_remedy(flags):
     with pytest.raises(ValueError) as mistake:
         parse(flags.split())
     assert MISTAKES[flags] in str(mistake.value) and "\n" not in str(mistake.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "demo --mim-weight 0",
+        "small-data --cross-crop-weight 0 --crops 1",
+        "flowers102 --batch-size 8 --accumulate 8",
+        "flowers102 --batch-size 1",
+    ],
+)
+def test_a_term_that_is_off_is_not_validated(flags):
+    assert len(parse(flags.split())[1].objective.terms) == 1
 
 
 OLD = {

@@ -21,7 +21,7 @@ from scott_sparse.cli import exit_on_user_error, exit_with_error
 from scott_sparse.data.batches import Batch
 from scott_sparse.data.views import make_views
 from scott_sparse.distributed import full_tensor
-from scott_sparse.evaluation.report import draw_tokens, knn_queries, knn_report, knn_table
+from scott_sparse.evaluation.report import draw_tokens, knn_report, knn_table
 from scott_sparse.model.jepa import make_target, target_features, update_target
 from scott_sparse.model.vit import Encoder
 from scott_sparse.shapes import Tensor
@@ -139,20 +139,18 @@ def train(run: Run, target: Encoder) -> dict:
 
 def compare(run: Run, initial: Encoder, target: Encoder, training: dict) -> None:
     """Hold the trained encoder against raw pixels and its own initialisation; write tokens.png and summary.json."""
-    recipe, data, console, device = run.recipe, run.data, run.console, run.accelerator.device
-    queries, knn = knn_queries(data), None
-    if queries is not None:
-        knn = knn_report(data.train, queries, initial.to(device), target, size=recipe.sides)
+    recipe, data, device = run.recipe, run.data, run.accelerator.device
+    knn = knn_report(data.train, run.val, initial.to(device), target, size=recipe.sides)
     if not run.accelerator.is_main_process:
         return
     mask = {"hide_ratio": recipe.hide_ratio, "mask_shape": recipe.mask_shape}
     images = data.val or data.pretrain
-    draw_tokens(run.out / TOKENS, images, initial.to(device), target, size=recipe.sides, **mask, device=device)
+    draw_tokens(run.out / TOKENS, images, initial, target, size=recipe.sides, **mask, device=device)
     summary = run.write_summary(training, knn)
-    if queries is not None and knn is not None:
-        classes = len(data.classes or ())
-        console.print(knn_table(knn, images=len(queries), classes=classes, terms=recipe.objective.terms))
-    console.print(
+    if run.val and data.classes:
+        terms = recipe.objective.terms
+        run.console.print(knn_table(knn, images=len(run.val), classes=len(data.classes), terms=terms))
+    run.console.print(
         f"{summary['seconds']:.0f} s in all, {100 * summary['input_share']:.0f} % of training waited for input; "
         f"results in {run.out}: summary.json, tokens.png, encoder.safetensors"
     )

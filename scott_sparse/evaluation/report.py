@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from scott_sparse.data.dataset import Data, Images
+from scott_sparse.data.images import Images
 from scott_sparse.data.views import IMAGENET_MEAN, IMAGENET_STD
 from scott_sparse.evaluation.encoders import FrozenEncoder, Pixels
 from scott_sparse.evaluation.features import eval_images, extract
@@ -127,21 +127,10 @@ def print_results(runs: Iterable[Path]) -> None:
             print(f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths))} |")
 
 
-def knn_queries(data: Data) -> Images | None:
-    """The labelled val images, by which a pretraining run may be judged; None without them, or if they are test images.
-
-    Runs that are compared by val are not tuned on test. The paper protocol may have no val of its own.
-    """
-    if data.classes is None or data.val is None:
-        return None
-    is_test = data.test is not None and torch.isin(data.val.rows, data.test.rows).any()
-    return None if is_test else data.val
-
-
 def knn_report(
-    train: Images, val: Images, initial: Encoder, pretrained: Encoder, *, size: tuple[int, int]
-) -> dict[str, float]:
-    """k-NN accuracy on labelled `val` images in per cent, of raw pixels and of both encoders.
+    train: Images, val: Images | None, initial: Encoder, pretrained: Encoder, *, size: tuple[int, int]
+) -> dict[str, float | None]:
+    """k-NN accuracy on `val` in per cent, of raw pixels and of both encoders; None without labelled val images.
 
     All processes take part; the numbers are the main process's, others get {}.
     """
@@ -150,8 +139,9 @@ def knn_report(
         "init": FrozenEncoder(initial),
         "pretrained": FrozenEncoder(pretrained),
     }
-    assert train.labels is not None and val.labels is not None
-    accuracies: dict[str, float] = {}
+    if val is None or train.labels is None or val.labels is None:
+        return dict.fromkeys(encoders)
+    accuracies: dict[str, float | None] = {}
     for name, encoder in encoders.items():
         bank, queries = (extract(encoder, images, size=size) for images in (train, val))
         if bank is not None and queries is not None:
@@ -159,14 +149,14 @@ def knn_report(
     return accuracies
 
 
-def knn_table(accuracies: dict[str, float], *, images: int, classes: int, terms: Sequence[str]) -> Table:
+def knn_table(accuracies: dict[str, float | None], *, images: int, classes: int, terms: Sequence[str]) -> Table:
     """The numbers of `knn_report` for the terminal; `images` of `classes` classes are those of val."""
     names = {
         "pixels": "raw pixels",
         "init": "encoder at initialisation",
         "pretrained": f"pretrained with {' + '.join(terms)}",
     }
-    rows = [(names[name], f"{accuracy:.1f} %") for name, accuracy in accuracies.items()]
+    rows = [(names[name], "-" if accuracy is None else f"{accuracy:.1f} %") for name, accuracy in accuracies.items()]
     title = f"k-NN on {images:,} val images, {classes} classes (chance {100 / classes:.1f} %)"
     return make_table(title, ("features", "accuracy"), rows)
 

@@ -87,6 +87,7 @@ class Run:
             f"{self.engine}, {accelerator.num_processes} x {accelerator.device.type}, precision "
             f"{accelerator.mixed_precision}; loss terms: {', '.join(recipe.objective.terms)}"
         )
+        self.console.print(data.describe(), markup=False, highlight=False)
         if data.unreadable:
             self.console.print(f"{len(data.unreadable):,} images cannot be read and are left out: see {UNREADABLE}")
         if data.test and data.test_duplicates:
@@ -131,7 +132,6 @@ class Run:
     def write_summary(self, training: dict[str, Any], knn: dict[str, float | None]) -> dict[str, Any]:
         """Write and return what the run was and gave; `training` is what the loop returned."""
         recipe, data, device = self.recipe, self.data, self.accelerator.device
-        roles = {role: getattr(data, role) for role in ("pretrain", "train", "val", "test")}
         summary = {
             "recipe": self.name,
             "knn": knn,
@@ -145,7 +145,7 @@ class Run:
                 "source": recipe.source.data,
                 "protocol": recipe.source.protocol,
                 "fingerprint": data.fingerprint,
-                "images": {role: len(images or ()) for role, images in roles.items()},
+                **data.about,
                 "unreadable": len(data.unreadable),
                 "test_images_also_in_training": data.test_duplicates,
             },

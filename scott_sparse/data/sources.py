@@ -109,7 +109,7 @@ def _split_folders(root: Path, paths: Sequence[tuple[str, ...]]) -> tuple[dict[s
     splits = {folder: SPLIT_NAMES[folder.lower()] for folder in folders if folder.lower() in SPLIT_NAMES}
     others = [folder for folder in folders if folder not in splits]
     if splits and others:
-        classes = {split: set() for split in SPLITS}
+        classes: dict[str, set[str]] = {split: set() for split in SPLITS}
         for path in paths:
             if len(path) > 2 and path[0] in splits:
                 classes[splits[path[0]]].add(path[1])
@@ -202,8 +202,8 @@ def printable(name: str) -> str:
 
 def some(names: Iterable[object], shown: int = 3) -> str:
     """The first few names, and dots for the others."""
-    names = [str(name) for name in names]
-    return ", ".join([*map(printable, names[:shown]), *["..."] * (len(names) > shown)])
+    texts = [printable(str(name)) for name in names]
+    return ", ".join([*texts[:shown], *["..."] * (len(texts) > shown)])
 
 
 def counts(files: Counter[str]) -> str:

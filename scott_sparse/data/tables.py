@@ -40,7 +40,8 @@ def apply_tables(source: Source, root: Path, table: Path | None, columns: Mappin
     metadata = [folder / name for folder in folders for name in METADATA if (folder / name).is_file()]
     if not table and not metadata and any(columns.values()):
         raise ValueError(f"a column is named, but no table; give --labels FILE, or put {METADATA[0]} in {root}.")
-    index, notes, used = _index(source.names), list(source.notes), Counter()
+    index, notes = _index(source.names), list(source.notes)
+    used: Counter[str] = Counter()
     facts: dict[int, tuple[str | None, str | None]] = {}  # label and split by number of the image
     for path in [table] if table else metadata:
         names, rows = read_table(path)
@@ -70,11 +71,11 @@ def apply_tables(source: Source, root: Path, table: Path | None, columns: Mappin
     classes = sorted({label for label, _ in facts.values() if label is not None})
     if all(label.isdecimal() for label in classes):
         classes.sort(key=int)
-    number = {None: -1, **{label: i for i, label in enumerate(classes)}}
+    number: dict[str | None, int] = {None: -1, **{label: i for i, label in enumerate(classes)}}
     every = [facts.get(i, (None, None)) for i in range(len(source.names))]
     splits = source.splits
     if any(split for _, split in every):
-        by_split = {name: [] for name in SPLITS}
+        by_split: dict[str, list[int]] = {name: [] for name in SPLITS}
         for i, (_, split) in enumerate(every):
             by_split[split or "unlabelled"].append(i)
         if not by_split["train"]:

@@ -45,7 +45,7 @@ def test_a_run_on_photos(labelled, tmp_path):
     message, printed = run_pretraining(*arguments)
     assert message is None
     assert "MIM-JEPA" in printed and "pretrained with" in printed
-    assert "k-NN on 2 val images" in printed and "test images" not in printed
+    assert "k-NN on 3 val images" in printed and "test images" not in printed
     said = summary(out)
     assert set(said["knn"]) == {"pixels", "init", "pretrained"}
     assert all(0 <= score <= 100 for score in said["knn"].values())
@@ -57,7 +57,8 @@ def test_a_run_on_photos(labelled, tmp_path):
     assert load_encoder(out)(torch.zeros(1, 3, 32, 32)).shape == (1, 16, 96)
     assert (out / "tokens.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((out / "recipe.json").read_text())["source"]["data"] == str(labelled)
-    assert said["data"]["images"] == {"pretrain": 20, "train": 18, "val": 2, "test": 8}
+    assert said["data"]["images"] == {"all": 28, "pretrain": 20, "train": 17, "val": 3, "test": 8}
+    assert "28 images, 2 classes (a, b), pretrain 20, train 17, val 3, test 8" in printed
     assert said["data"]["protocol"] == "clean"
     assert 0 < said["input_share"] < 1 and "waited for input" in printed
     assert list(out.rglob("events.out.tfevents*"))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import ConcatDataset
 
-from scott_sparse.data.decode import Picture
+from scott_sparse.data.readers import Picture
 from scott_sparse.data.sources import Source, image_files, split_ranges, split_source
 
 

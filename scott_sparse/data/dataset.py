@@ -13,6 +13,7 @@ from scott_sparse.data.builtin import PUBLISHED, published_source
 from scott_sparse.data.cache import CACHE_DIR, decode_once
 from scott_sparse.data.images import Images
 from scott_sparse.data.petals import petals_source
+from scott_sparse.data.readers import Selection
 from scott_sparse.data.sources import Source, folder_source
 from scott_sparse.data.splits import Splits, select_roles
 
@@ -36,6 +37,12 @@ class DataConfig:
     """Folder in which decoded images (and the features of evaluations) are kept between runs."""
     ram_gib: float = 8.0
     """Decoded images of at most this total size, in GiB, are read into memory when a run starts, larger ones later."""
+    page: int = 0
+    """Which page to use of pictures with several, such as multi-page TIFFs, from 0."""
+    bands: tuple[int, ...] = ()
+    """Which bands to use of pictures with several, from 0: one as grey, or three as red, green and blue.
+    A picture of one band stays grey. Without this flag, pictures of four bands or more are refused, unless they are
+    RGB with alpha or CMYK and say so."""
     skip_unreadable: bool = False
     """Leave out images that cannot be read. Otherwise they are listed, and the run does not start."""
 
@@ -77,6 +84,8 @@ class Data:
     """How many images of `test` are in `pretrain` pixel for pixel under another name."""
     fingerprint: str
     """A hash of the pixels and labels in each role."""
+    notes: tuple[str, ...] = ()
+    """What a user should read when a run starts, such as the range of 16-bit values."""
 
 
 def short_side_for(sides: tuple[int, int]) -> int:
@@ -102,10 +111,11 @@ def open_data(config: DataConfig, *, short_side: int) -> Data:
         source = petals_source(short_side)
     else:
         source = find_source(config.data, root=config.data_root)
-    every, unreadable = decode_once(
+    every, unreadable, notes = decode_once(
         source,
         title=config.data if not Path(config.data).is_dir() else str(Path(config.data).resolve()),
         short_side=short_side,
+        selection=Selection(config.page, config.bands),
         keep_pixels=config.cache == "disk" or config.data == "petals",  # drawing a flower costs more than reading it
         folder=config.cache_dir,
         read_ahead_bytes=int(config.ram_gib * 2**30),
@@ -115,7 +125,7 @@ def open_data(config: DataConfig, *, short_side: int) -> Data:
         raise UnreadableImages(reasons, len(every))
     roles = select_roles(config.protocol, source.splits, source.names, source.labels)
     roles = {role: [i for i in part if i not in unreadable] for role, part in roles.items()}
-    return _data(every, roles, source.classes, reasons)
+    return _data(every, roles, source.classes, reasons, (*source.notes, *notes))
 
 
 def find_source(data: str, *, root: Path) -> Source:
@@ -129,7 +139,9 @@ def find_source(data: str, *, root: Path) -> Source:
     return folder_source(folder)
 
 
-def _data(every: Images, roles: Splits, classes: tuple[str, ...] | None, unreadable: dict[str, str]) -> Data:
+def _data(
+    every: Images, roles: Splits, classes: tuple[str, ...] | None, unreadable: dict[str, str], notes: tuple[str, ...]
+) -> Data:
     parts = {role: every[torch.tensor(part)] if part else None for role, part in roles.items()}
     pretrain, train, val, test = (parts[role] for role in ("pretrain", "train", "val", "test"))
     if pretrain is None or train is None:
@@ -143,4 +155,4 @@ def _data(every: Images, roles: Splits, classes: tuple[str, ...] | None, unreada
         digests = part.digests.tolist() if part else []
         labels = part.labels.tolist() if part and part.labels is not None else [None] * len(digests)
         fingerprint.update(repr(list(zip(digests, labels))).encode())
-    return Data(pretrain, train, val, test, classes, unreadable, test_duplicates, fingerprint.hexdigest())
+    return Data(pretrain, train, val, test, classes, unreadable, test_duplicates, fingerprint.hexdigest(), notes)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from scott_sparse.data.decode import Picture
+from scott_sparse.data.readers import Picture, is_picture_file
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
@@ -38,6 +38,10 @@ class Source:
     """Class names by label."""
     files: Sequence[Path]
     """Files that hold the pictures; a change of their sizes or modification times makes decoded copies stale."""
+    no_labels: str = "the data set has none"
+    """Why no picture has a class, where that is so."""
+    notes: tuple[str, ...] = ()
+    """What else a user should read when a run starts."""
 
 
 def folder_source(root: Path) -> Source:
@@ -96,6 +100,6 @@ def image_files(folder: Path, ancestors: frozenset = frozenset()) -> list[Path]:
             continue
         if path.is_dir():
             files += image_files(path, ancestors | {folder_id})
-        elif path.suffix.lower() in EXTENSIONS:  # dangling links and pipes too: decoding reports them
+        elif is_picture_file(path):  # dangling links and pipes too: decoding reports them
             files.append(path)
     return files

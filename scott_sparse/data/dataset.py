@@ -11,6 +11,7 @@ import torch
 from scott_sparse.cli import UserErrors
 from scott_sparse.data.builtin import PUBLISHED, published_source
 from scott_sparse.data.cache import CACHE_DIR, decode_once
+from scott_sparse.data.hub import hub_source
 from scott_sparse.data.images import Images
 from scott_sparse.data.petals import petals_source
 from scott_sparse.data.readers import Selection
@@ -23,8 +24,8 @@ class DataConfig:
     """Which images to use, and where decoded images are kept. Every field is a flag."""
 
     data: str | None = None
-    """Images to use: a folder of images, petals (drawn flowers, no download), hf:OWNER/NAME of the Hugging Face Hub,
-    or a published data set by name: flowers102, pets37, cifar10, ... (an unknown name lists all)."""
+    """Images to use: a folder of images, petals (drawn flowers, no download), hf:NAME[:CONFIG][:COLUMN] of the
+    Hugging Face Hub, or a published data set by name: flowers102, pets37, cifar10, ... (an unknown name lists all)."""
     protocol: Literal["clean", "paper"] = "clean"
     """clean: pretraining never sees a test image.
     paper: pretraining sees all images, test included, as in the paper's own runs."""
@@ -130,7 +131,9 @@ def open_data(config: DataConfig, *, short_side: int) -> Data:
 
 def find_source(data: str, *, root: Path) -> Source:
     """The source that the value of --data names, except petals. Raises as `open_data`."""
-    if data in PUBLISHED or data.startswith("hf:"):
+    if data.startswith("hf:"):
+        return hub_source(data.removeprefix("hf:"))
+    if data in PUBLISHED:
         return published_source(data, root=root)
     folder = Path(data).expanduser()
     if not folder.is_dir():

@@ -92,7 +92,8 @@ def decode_once(
     read = MappedPixels(path, sizes) if keep_pixels else again
     labels = torch.tensor(source.labels) if source.labels else None
     images = Images(read, torch.arange(len(sizes)), sizes, digests, labels, source.names)
-    return images, {int(i): reason for i, reason in about["unreadable"].items()}, tuple(about["notes"])
+    notes = [f"bands {' '.join(map(str, selection.bands))} of pictures with several bands"] if selection.bands else []
+    return images, {int(i): reason for i, reason in about["unreadable"].items()}, (*notes, *about["notes"])
 
 
 class MappedPixels:
@@ -196,7 +197,7 @@ def _write(
         file.flush()
         lines = [f"{note} ({count:,} images)" for note, count in sorted(notes.items())]
         if find_bits.bits:
-            lines.append(f"values of more than 8 bits taken as {find_bits.bits}-bit (0 to {2**find_bits.bits - 1})")
+            lines.append(f"values of more than 8 bits are taken as {find_bits.bits}-bit (0 to {2**find_bits.bits - 1})")
         about = {"bytes": length, "fingerprint": fingerprint, "unreadable": unreadable, "sample": _sample(file, length)}
         about |= {"bits": find_bits.bits or 16, "notes": lines}
         about = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)

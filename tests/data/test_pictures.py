@@ -6,7 +6,9 @@ byte where Pillow would not write them.
 """
 
 import io
+import os
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -15,7 +17,8 @@ import torch
 from PIL import Image
 
 from scott_sparse.data.dataset import DataConfig, UnreadableImages, open_data
-from scott_sparse.data.readers import prepare_pillow
+from scott_sparse.data.readers import picture_extensions, prepare_pillow
+from scott_sparse.data.sources import folder_source
 
 ICC = 34675  # the tag of a TIFF
 P3_RED, SRGB_RED = (234, 51, 35), (255, 0, 0)  # the same colour, as in https://webkit.org/blog-files/color-gamut/
@@ -206,6 +209,7 @@ CASES = {
     "TIFF, 6 bands of 12 bits": (
         *("a.tif", with_tifffile(tiff(16 * SIX.astype(np.uint16))), (199, 0, 40), {"bands": (5, 0, 1)}),
     ),
+    "TIFF, 6 bands, LZW": ("a.tif", lambda: lzw(SIX), (200, 0, 40), {"bands": (5, 0, 1)}),
     "TIFF, no such band": ("a.tif", with_tifffile(tiff(SIX)), "no band 6", {"bands": (6,)}),
     "TIFF, 3 pages": ("a.tif", tiff(*GREYS), (50, 50, 50)),
     "TIFF, 3 pages, the last": ("a.tif", tiff(*GREYS), (150, 150, 150), {"page": 2}),
@@ -222,6 +226,14 @@ CASES = {
     "no extension, JPEG XL": ("IMG_0001", plugin("pillow_jxl", "RGB", NAVY, "JXL", lossless=True), NAVY),
     "another extension": ("a.HEIC", plugin("pillow_heif", "RGB", NAVY, "JPEG", quality=100, subsampling=0), NAVY),
 }
+
+
+def lzw(pixels):
+    pytest.importorskip("imagecodecs")
+    out = io.BytesIO()
+    options = {"photometric": "minisblack", "planarconfig": "contig", "compression": "lzw"}
+    pytest.importorskip("tifffile").imwrite(out, pixels, **options)
+    return out.getvalue()
 
 
 def palette(colour, **options):
@@ -251,3 +263,80 @@ def pixels_of(config):
     images = open_data(config, short_side=64).pretrain
     boxes = torch.tensor([0, 0, *images.sizes[0]]).expand(len(images), 1, 4)
     return images.crop(torch.arange(len(images)), boxes)[:, 0].numpy().astype(int)
+
+
+def write_folder(root, files):
+    root.mkdir()
+    for name, data in files.items():
+        (root / name).write_bytes(data)
+    return root
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+@pytest.mark.parametrize("format", ["png", "tif"])
+@pytest.mark.parametrize("bits", [12, 14])
+def test_bright_and_dark_images_of_a_set_keep_their_relation(bits, format, cache, tmp_path):
+    """256 grey levels, and the dark image, decoded first, is as dark beside the bright one as the camera saw it."""
+    ramp = np.arange(2**bits, dtype=np.uint16).reshape(64, -1)
+    encode = png16 if format == "png" else tiff
+    root = write_folder(tmp_path / "set", {f"a.{format}": encode(ramp // 16), f"b.{format}": encode(ramp)})
+    config = DataConfig(data=str(root), cache=cache, cache_dir=tmp_path)
+    for _ in range(2):  # from the files, then from the cache
+        dark, bright = pixels_of(config)
+        assert len(np.unique(bright)) == 256 and dark.max() == 16
+        assert abs(bright[..., 0] - ramp * (255 / (2**bits - 1))).max() <= 0.5
+        assert open_data(config, short_side=64).notes == (
+            f"values of more than 8 bits are taken as {bits}-bit (0 to {2**bits - 1})",
+        )
+
+
+def test_another_image_of_more_bits_rescales_the_set(tmp_path):
+    root = write_folder(tmp_path / "set", {"a.png": png16(halves(1024, 4095))})
+    config = DataConfig(data=str(root), cache_dir=tmp_path)
+    assert pixels_of(config)[0, 0, 0, 0] == 64
+    (root / "b.png").write_bytes(png16(halves(0, 65535)))
+    assert pixels_of(config)[:, 0, 0, 0].tolist() == [4, 0]
+
+
+def test_what_was_chosen_is_said_and_has_a_cache_of_its_own(tmp_path):
+    root = write_folder(
+        tmp_path / "set", {"a.tif": tiff(*GREYS), "b.tif": tiff(*GREYS), "c.jpg": solid("L", 7, "JPEG")}
+    )
+    for page, value in ((0, 50), (1, 100), (0, 50)):
+        config = DataConfig(data=str(root), cache_dir=tmp_path, page=page)
+        assert pixels_of(config)[0, 0, 0, 0] == value
+        assert open_data(config, short_side=64).notes == (f"page {page} of TIFFs with several pages (2 images)",)
+    rgba = tiff(FOUR, photometric=2)
+    root = write_folder(tmp_path / "other", {"a.tif": rgba})
+    config = DataConfig(data=str(root), cache_dir=tmp_path, bands=(3, 2, 1))
+    assert open_data(config, short_side=64).notes == ("bands 3 2 1 of pictures with several bands",)
+
+
+@pytest.mark.parametrize("flags", [{"bands": (0, 1)}, {"bands": (-1,)}, {"page": -1}])
+def test_flags_that_select_nothing(flags, tmp_path):
+    root = write_folder(tmp_path / "set", {"a.jpg": solid("L", 7, "JPEG")})
+    with pytest.raises(ValueError, match=r"--(bands|page) .*numbered from 0"):
+        open_data(DataConfig(data=str(root), cache_dir=tmp_path, **flags), short_side=64)
+
+
+def test_files_that_are_no_pictures_are_passed_over(tmp_path):
+    files = {"LICENSE": b"Copyright", "empty": b"", "notes.txt": b"x", "a.xyz": solid("L", 7, "PNG")}
+    root = write_folder(tmp_path / "set", files | {"a": solid("L", 7, "PNG")})
+    os.mkfifo(root / "pipe")  # reading it would never end
+    assert folder_source(root).names == ["a"]
+
+
+def test_without_plugins_their_files_are_passed_over(tmp_path, monkeypatch):
+    """HEIC and JPEG XL by extension and content; a TIFF of many bands says what to install."""
+    for module in ("pillow_heif", "pillow_jxl", "tifffile"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for format in ("HEIF", "JXL"):
+        monkeypatch.delitem(Image.OPEN, format, raising=False)
+    prepare_pillow.cache_clear(), picture_extensions.cache_clear()
+    heic = b"\0\0\0\x1cftypheic\0\0\0\0mif1heic"
+    files = {"a.heic": heic, "b": heic, "c.jxl": b"\xff\n", "d.tif": tiff(SIX), "e.jpg": solid("L", 7, "JPEG")}
+    root = write_folder(tmp_path / "set", files)
+    assert folder_source(root).names == ["d.tif", "e.jpg"]
+    with pytest.raises(UnreadableImages, match=r"d\.tif: .*pip install 'scott-sparse\[formats\]'"):
+        open_data(DataConfig(data=str(root), cache_dir=tmp_path), short_side=64)
+    prepare_pillow.cache_clear(), picture_extensions.cache_clear()

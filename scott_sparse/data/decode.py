@@ -10,7 +10,7 @@ import functools
 import hashlib
 import io
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from scott_sparse.data.readers import (
     FIRST_PAGE,
     MAX_PICTURE_PIXELS,
     SELECTED,
+    SEVERAL_PAGES,
     DeepPixels,
     Picture,
     Selection,
@@ -55,7 +56,7 @@ def decode(
         if isinstance(image, DeepPixels):
             image = _to_8_bits(image, find_bits())
         with image:
-            if image.format == "TIFF" and getattr(image, "is_animated", False):
+            if image.info.get(SEVERAL_PAGES):
                 note(f"page {selection.page} of TIFFs with several pages")
             return _upright_rgb(image, short_side, selection)
 
@@ -145,7 +146,7 @@ def _rgb(image: Image.Image, selection: Selection) -> Image.Image:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
     if profile and (profile.mode == space or (profile.mode, space) == ("RGB", "L")):  # as in many grey photos
-        rgb = ImageCms.applyTransform(image.convert(profile.mode), profile.transform)
+        rgb = profile.transform.apply(image.convert(profile.mode))
     else:
         rgb = image.convert("RGB")
     if select:
@@ -168,7 +169,7 @@ def _srgb_transform(profile: bytes) -> _Profile | None:
     if not profile:
         return None
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        source: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = ICC_SPACES[source.profile.xcolor_space.strip()]
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, OSError, KeyError):
@@ -177,7 +178,8 @@ def _srgb_transform(profile: bytes) -> _Profile | None:
         levels = np.linspace(0, 255, 18).round().astype(np.uint8)
         cube = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(18, -1, 3)
         probe = Image.fromarray(cube if mode == "RGB" else cube[..., 0])
-        change = np.subtract(ImageCms.applyTransform(probe, transform), probe.convert("RGB"), dtype=np.int16)
+        changed, before = np.asarray(transform.apply(probe)), np.asarray(probe.convert("RGB"))
+        change = np.subtract(changed, before, dtype=np.int16)
         if abs(change).max() <= SAME_COLOUR:
             return None
     return _Profile(mode, transform)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, TiffImagePlugin
+from PIL import Image, ImageFile, TiffImagePlugin
 
 Picture = Path | io.BytesIO | Image.Image
 # Formats of photo collections. Pillow knows others, some of which start a program (EPS) or fetch a URL.
@@ -35,7 +35,7 @@ SEPARATE_PLANES = 2
 UNSPECIFIED, UNASSOCIATED_ALPHA = 0, 2
 
 
-SELECTED = "bands selected"  # in `Image.info`
+SELECTED, SEVERAL_PAGES = "bands are selected", "TIFF with several pages"  # truth values in `Image.info`
 
 
 class Unreadable(ValueError):
@@ -74,8 +74,8 @@ class DeepPixels(NamedTuple):
     stated: int
     """The largest value that the file says is possible, or 0."""
     white_is_zero: bool
-    info: dict[str, Any]
-    """EXIF data and colour profile, as in `Image.info`."""
+    info: dict[Any, Any]
+    """EXIF data, colour profile and more, as in `Image.info`."""
 
 
 @functools.cache
@@ -151,7 +151,7 @@ def open_picture(picture: Picture, selection: Selection) -> Image.Image | DeepPi
     if image.mode.startswith("I"):
         with image:
             return _deep(np.asarray(image), tags, image.info)
-    if ";16" in rawmode:
+    if rawmode.split(";16")[0] in ("RGB", "RGBA", "LA") and ";16" in rawmode:
         with image:
             return _deep(_both_bytes(image, picture, selection, rawmode), tags, image.info)
     return image
@@ -173,13 +173,14 @@ def _first_bytes(picture: Path | io.BytesIO, count: int) -> bytes:
         return file.read(count)
 
 
-def _open_page(picture: Path | io.BytesIO, selection: Selection) -> Image.Image:
-    image = Image.open(picture, formats=prepare_pillow())
+def _open_page(picture: Path | io.BytesIO, selection: Selection) -> ImageFile.ImageFile:
+    image: Any = Image.open(picture, formats=prepare_pillow())
     if selection.page and getattr(image, "is_animated", False):  # a photo among TIFFs of several pages has but one
         try:
             image.seek(selection.page)
         except EOFError:
             raise Unreadable(_no_page(selection.page)) from None
+    image.info[SEVERAL_PAGES] = image.format == "TIFF" and image.is_animated
     return image
 
 
@@ -202,13 +203,15 @@ def _has_alpha(image: Image.Image, picture: Path | io.BytesIO) -> bool:
     return True
 
 
-def _rawmode(image: Image.Image) -> str:
+def _rawmode(image: ImageFile.ImageFile) -> str:
     """How Pillow's decoder finds the pixels in the file, as in "RGB;16B": here big-endian values of 16 bits."""
-    arguments = image.tile[0].args if getattr(image, "tile", None) else ""
+    arguments = image.tile[0].args if image.tile else ""
     return str(arguments[0] if isinstance(arguments, tuple) else arguments)
 
 
-def _both_bytes(image: Image.Image, picture: Path | io.BytesIO, selection: Selection, rawmode: str) -> np.ndarray:
+def _both_bytes(
+    image: ImageFile.ImageFile, picture: Path | io.BytesIO, selection: Selection, rawmode: str
+) -> np.ndarray:
     """16-bit colours, of which Pillow keeps one byte: read again in the other byte order, the file gives the second."""
 
     def read_as(rawmode: str) -> np.ndarray:
@@ -225,7 +228,7 @@ def _both_bytes(image: Image.Image, picture: Path | io.BytesIO, selection: Selec
     return np.asarray(image).astype(np.uint16) << 8 | read_as(rawmode[:-1] + ("B" if little else "L"))
 
 
-def _deep(values: np.ndarray, tags: Any, info: dict[str, Any]) -> DeepPixels:
+def _deep(values: np.ndarray, tags: Any, info: dict[Any, Any]) -> DeepPixels:
     if values.min() < 0 or values.max() > 65535:
         raise Unreadable(f"integer pixels from {values.min()} to {values.max()}, expected 0 to 65535")
     stated = [*np.ravel(tags.get(MAX_SAMPLE, 0)), *np.ravel(tags.get(S_MAX_SAMPLE, 0))]
@@ -242,15 +245,16 @@ def _open_tiff(picture: Path | io.BytesIO, selection: Selection) -> Image.Image 
     except ImportError:
         raise Unreadable("a TIFF of more bands than Pillow reads: pip install 'scott-sparse[formats]'") from None
     with tifffile.TiffFile(picture) as file:
-        number = selection.page if len(file.pages) > 1 else 0
-        if number >= len(file.pages):
+        pages = len(file.pages)
+        number = selection.page if pages > 1 else 0
+        if number >= pages:
             raise Unreadable(_no_page(number))
         page = file.pages[number].aspage()
         if page.imagewidth * page.imagelength > MAX_PICTURE_PIXELS:
             raise Image.DecompressionBombError
         count, tags = page.samplesperpixel, {tag.code: tag.value for tag in page.tags}
         if (page.photometric, count, *page.extrasamples) not in _COLOURS and not (count > 1 and selection.bands):
-            raise Unreadable(_choose_bands(count) if count > 1 else f"a TIFF of the kind {page.photometric.name}")
+            raise Unreadable(_choose_bands(count) if count > 1 else f"a TIFF of colours {int(page.photometric)}")
         values = page.asarray()
     if values.ndim != min(count, 2) + 1 or values.dtype.kind not in "ui":
         raise Unreadable(f"pixels of type {values.dtype}, expected integers")
@@ -260,7 +264,8 @@ def _open_tiff(picture: Path | io.BytesIO, selection: Selection) -> Image.Image 
         values = planes[0] if len(planes) == 1 else np.stack(planes, 2)
     exif = Image.Exif()
     exif[ORIENTATION] = tags.get(ORIENTATION, 1)
-    info = {"exif": exif.tobytes(), "icc_profile": tags.get(ICC_PROFILE), SELECTED: bool(selection.bands)}
+    info: dict[Any, Any] = {"exif": exif.tobytes(), "icc_profile": tags.get(ICC_PROFILE)}
+    info |= {SELECTED: bool(selection.bands), SEVERAL_PAGES: pages > 1}
     if values.dtype != np.uint8:
         return _deep(values, tags, info)
     image = Image.fromarray(255 - values if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else values)

@@ -103,6 +103,7 @@ def main() -> None:
         f"{accelerator.device.type}, precision {accelerator.mixed_precision}; "
         f"loss terms: {', '.join(recipe.objective.terms)}"
     )
+    console.print(data.describe(), markup=False, highlight=False)
     if data.unreadable:
         console.print(f"{len(data.unreadable):,} images cannot be read and are left out: see {out / 'unreadable.txt'}")
     if data.test_duplicates:
@@ -142,7 +143,7 @@ def main() -> None:
                 "source": recipe.source.data,
                 "protocol": recipe.source.protocol,
                 "fingerprint": data.fingerprint,
-                "images": {"pretrain": len(data.pretrain), "train": len(data.train), "test": len(data.test or ())},
+                **data.about,
                 "unreadable": len(data.unreadable),
                 "test_images_also_in_training": data.test_duplicates,
             },

@@ -1,10 +1,10 @@
 """Images of a data set, decoded, in the roles that a protocol gives them (see `splits`)."""
 
 import hashlib
-import os
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -15,8 +15,9 @@ from scott_sparse.data.hub import hub_source
 from scott_sparse.data.images import Images
 from scott_sparse.data.petals import petals_source
 from scott_sparse.data.readers import Selection
-from scott_sparse.data.sources import Source, folder_source
+from scott_sparse.data.sources import Source, counts, folder_source, printable, some
 from scott_sparse.data.splits import Splits, select_roles
+from scott_sparse.data.tables import apply_tables
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,17 @@ class DataConfig:
     RGB with alpha or CMYK and say so."""
     skip_unreadable: bool = False
     """Leave out images that cannot be read. Otherwise they are listed, and the run does not start."""
+    list: Path | None = None
+    """Text file with one image path a line, absolute or in the folder of --data: only these images are used."""
+    labels: Path | None = None
+    """Table (CSV, TSV, JSON lines) with a row for each image of the folder of --data: its path and its class. Default:
+    metadata.csv or metadata.jsonl in the folder, else the class of an image is its folder."""
+    image_column: str | None = None
+    """Column of --labels that names the image. Default: file_name, or another usual name."""
+    label_column: str | None = None
+    """Column of --labels, or of a set hf:NAME, that names the class. Default: label, class or category."""
+    split_column: str | None = None
+    """Column of --labels that says train, val or test. Default: split, if there is such a column."""
 
 
 class UnreadableImages(UserErrors):
@@ -60,10 +72,8 @@ class UnreadableImages(UserErrors):
 
 
 def unreadable_lines(unreadable: dict[str, str]) -> list[str]:
-    """One printable line for each image; names of files may hold line breaks, and bytes that are not text."""
-    names = (os.fsencode(name).decode(errors="backslashreplace") for name in unreadable)
-    names = ("".join(c if c.isprintable() else repr(c)[1:-1] for c in name) for name in names)
-    return [f"{name}: {reason}" for name, reason in zip(names, unreadable.values())]
+    """One printable line for each image."""
+    return [f"{printable(name)}: {reason}" for name, reason in unreadable.items()]
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,8 @@ class Data:
     """Images that settings are chosen on; None without labels."""
     test: Images | None
     """Images that results are reported on, once; None without labels and without a published test split."""
+    unlabelled_test: Images | None
+    """Published test images without a label, where others have one: in no probe, and under clean not pretrained on."""
     classes: tuple[str, ...] | None
     """Class names by label; None without labels."""
     unreadable: dict[str, str]
@@ -85,8 +97,22 @@ class Data:
     """How many images of `test` are in `pretrain` pixel for pixel under another name."""
     fingerprint: str
     """A hash of the pixels and labels in each role."""
-    notes: tuple[str, ...] = ()
-    """What a user should read when a run starts, such as the range of 16-bit values."""
+    about: dict[str, Any]
+    """How the data set was understood, and what of it is not used, for JSON; `describe` says it in a line."""
+
+    def describe(self) -> str:
+        """One line for the start of a run: images, classes, roles, and everything that is left out."""
+        about = self.about
+        images, files, folders = about["images"], about["files_passed_over"], about["folders_not_used"]
+        classes = f"{len(self.classes):,} classes ({some(self.classes)})" if self.classes else None
+        parts = [
+            f"{images['all']:,} images",
+            classes or f"no labels, because {about['no_labels']}",
+            *(f"{role} {images[role]:,}" for role in ("pretrain", "train", "val", "test")),
+            *([f"{sum(files.values()):,} files passed over ({counts(Counter(files))})"] if files else []),
+            *([f"folders not used: {some(folders, 10)}"] if folders else []),
+        ]
+        return "; ".join([", ".join(parts), *about["notes"]])
 
 
 def short_side_for(sides: tuple[int, int]) -> int:
@@ -107,14 +133,26 @@ def open_data(config: DataConfig, *, short_side: int) -> Data:
     """
     if config.data is None:
         raise ValueError("no images are named: --data needs a folder of images, a published set or petals.")
+    columns = {"image": config.image_column, "label": config.label_column, "split": config.split_column}
+    folder = None if _is_named_set(config.data) else Path(config.data).expanduser()
+    if config.data.startswith("hf:"):
+        columns.pop("label")  # which the data set has
+    if folder is None and (config.list or config.labels or any(columns.values())):
+        raise ValueError(f"--list and --labels describe the images of a folder; --data {config.data} is none.")
+    for flag, path in (("list", config.list), ("labels", config.labels)):
+        if path and not path.is_file():
+            raise ValueError(f"--{flag} {path}: no such file.")
     if config.data == "petals":
         short_side = max(64, short_side // 2)
         source = petals_source(short_side)
     else:
-        source = find_source(config.data, root=config.data_root)
+        source = find_source(config.data, root=config.data_root, listed=config.list, label_column=config.label_column)
+    if folder:
+        source = apply_tables(source, folder, config.labels, columns)
+    source = _without_useless_labels(source)
     every, unreadable, notes = decode_once(
         source,
-        title=config.data if not Path(config.data).is_dir() else str(Path(config.data).resolve()),
+        title=str((config.list or folder).resolve()) if folder else config.data,
         short_side=short_side,
         selection=Selection(config.page, config.bands),
         keep_pixels=config.cache == "disk" or config.data == "petals",  # drawing a flower costs more than reading it
@@ -126,27 +164,41 @@ def open_data(config: DataConfig, *, short_side: int) -> Data:
         raise UnreadableImages(reasons, len(every))
     roles = select_roles(config.protocol, source.splits, source.names, source.labels)
     roles = {role: [i for i in part if i not in unreadable] for role, part in roles.items()}
-    return _data(every, roles, source.classes, reasons, (*source.notes, *notes))
+    return _data(every, roles, replace(source, notes=(*source.notes, *notes)), reasons)
 
 
-def find_source(data: str, *, root: Path) -> Source:
-    """The source that the value of --data names, except petals. Raises as `open_data`."""
+def find_source(data: str, *, root: Path, listed: Path | None = None, label_column: str | None = None) -> Source:
+    """The source that the value of --data names, except petals, and --list. Raises as `open_data`."""
     if data.startswith("hf:"):
-        return hub_source(data.removeprefix("hf:"))
+        return hub_source(data.removeprefix("hf:"), label_column=label_column)
     if data in PUBLISHED:
         return published_source(data, root=root)
     folder = Path(data).expanduser()
     if not folder.is_dir():
         names = ", ".join(("petals", *PUBLISHED))
         raise ValueError(f"--data {data}: no such folder; expected a folder of images, hf:OWNER/NAME, {names}.")
-    return folder_source(folder)
+    return folder_source(folder, listed=listed)
 
 
-def _data(
-    every: Images, roles: Splits, classes: tuple[str, ...] | None, unreadable: dict[str, str], notes: tuple[str, ...]
-) -> Data:
+def _is_named_set(data: str) -> bool:
+    return data in ("petals", *PUBLISHED) or data.startswith("hf:")
+
+
+def _without_useless_labels(source: Source) -> Source:
+    """The source, without labels if its training images are not of two classes at least, which a probe needs."""
+    labels, classes = source.labels, source.classes
+    if labels is None or classes is None:
+        return source
+    known = [classes[label] for label in {labels[i] for i in source.splits["train"]} - {-1}]
+    if len(known) > 1:
+        return source
+    why = f"all training images are of one class, {some(known)}" if known else "no training image has one"
+    return replace(source, labels=None, classes=None, no_labels=why)
+
+
+def _data(every: Images, roles: Splits, source: Source, unreadable: dict[str, str]) -> Data:
     parts = {role: every[torch.tensor(part)] if part else None for role, part in roles.items()}
-    pretrain, train, val, test = (parts[role] for role in ("pretrain", "train", "val", "test"))
+    pretrain, train, val, test, unlabelled_test = parts.values()
     if pretrain is None or train is None:
         raise ValueError("no training image is left without the unreadable ones; repair some of them.")
     test_duplicates = 0
@@ -158,4 +210,35 @@ def _data(
         digests = part.digests.tolist() if part else []
         labels = part.labels.tolist() if part and part.labels is not None else [None] * len(digests)
         fingerprint.update(repr(list(zip(digests, labels))).encode())
-    return Data(pretrain, train, val, test, classes, unreadable, test_duplicates, fingerprint.hexdigest(), notes)
+    return Data(
+        pretrain,
+        train,
+        val,
+        test,
+        unlabelled_test,
+        classes=source.classes,
+        unreadable=unreadable,
+        test_duplicates=test_duplicates,
+        fingerprint=fingerprint.hexdigest(),
+        about=_about(source, roles, images=len(every) - len(unreadable)),
+    )
+
+
+def _about(source: Source, roles: Splits, *, images: int) -> dict[str, Any]:
+    pretrain = set(roles["pretrain"])
+    unseen = [source.names[i] for i in roles["unlabelled_test"] if i not in pretrain]
+    unlabelled = [source.names[i] for i in roles["pretrain"] if source.labels and source.labels[i] < 0]
+    notes = list(source.notes)
+    if unseen:
+        notes.append(f"test images without a label, not used: {len(unseen):,} ({some(unseen)})")
+    if unlabelled:
+        notes.append(f"images without a label, in no probe: {len(unlabelled):,} ({some(unlabelled)})")
+    folders = {str(folder): count for folder, count in source.skipped.folders.items()}
+    return {
+        "images": {"all": images, **{role: len(part) for role, part in roles.items()}, "unlabelled": len(unlabelled)},
+        "classes": len(source.classes or ()),
+        "no_labels": None if source.classes else source.no_labels,
+        "files_passed_over": dict(source.skipped.files.most_common()),
+        "folders_not_used": [f"{name} ({count:,} images)" if count else name for name, count in folders.items()],
+        "notes": notes,
+    }

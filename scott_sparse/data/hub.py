@@ -9,22 +9,16 @@ from typing import Any
 from torch.utils.data import ConcatDataset
 
 from scott_sparse.data.readers import Picture, Unreadable
-from scott_sparse.data.sources import Source
+from scott_sparse.data.sources import SPLIT_NAMES, Source, rename_lone_val
 
-SPLITS = {  # name on the Hub, in lower case: name here
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-    **dict.fromkeys(("unlabelled", "unlabeled", "unsupervised"), "unlabelled"),
-}
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target")  # of strings or integers
 
 
-def hub_source(spec: str) -> Source:
+def hub_source(spec: str, *, label_column: str | None = None) -> Source:
     """The data set NAME[:CONFIG][:COLUMN]: a repository of the Hub or a folder, its configuration, its image column.
 
-    Labels are classes, strings or integers. An image whose label is null or negative has label -1; a split val or test
-    of such images only, as of a challenge, is called unlabelled.
+    Labels are classes, strings or integers. An image whose label is null or negative has label -1, and in val and test,
+    as of a challenge, becomes one of the split unlabelled, which is pretrained on.
 
     Raises ValueError, saying what to do, if the set cannot be loaded, or if configuration or column have to be chosen.
     """
@@ -44,32 +38,30 @@ def hub_source(spec: str) -> Source:
             f"--data hf:{spec}: no column of images is called {column}; name one of {', '.join(columns)}, as "
             f"in hf:{spec.split(':')[0]}:{columns[0]}."
         )
-    label_column = _label_column(features)
+    label_column = _label_column(features, label_column)
     names: list[str] = []
     values: list[Any] = []
     splits: dict[str, list[int]] = {}
     encoded, unused = [], []
     for name, part in loaded.items():
-        split = SPLITS.get(name.lower())
+        split = SPLIT_NAMES.get(name.lower())
         if split is None:
             unused.append(f"{name} ({len(part):,} images)")
             continue
         labels_of_part = list(part[label_column]) if label_column else []
-        if split in ("val", "test") and label_column and not any(map(_is_known, labels_of_part)):
-            split = "unlabelled"
-        splits.setdefault(split, []).extend(range(len(names), len(names) + len(part)))
+        for i in range(len(part)):
+            hidden = split in ("val", "test") and label_column and not _is_known(labels_of_part[i])
+            splits.setdefault("unlabelled" if hidden else split, []).append(len(names) + i)
         names += [f"{name}/{i}" for i in range(len(part))]
         values += labels_of_part
         encoded.append(part.select_columns(column).cast_column(column, datasets.Image(decode=False)))
-    if "val" in splits and "test" not in splits:
-        splits["test"] = splits.pop("val")
     labels, classes = _labels(values, features[label_column]) if label_column else (None, None)
     notes = [f"images from the column {column}" + (f", labels from the column {label_column}" if label_column else "")]
     return Source(
         functools.partial(_picture, ConcatDataset(encoded), column),
         names,
         labels,
-        splits,
+        rename_lone_val(splits),
         classes,
         files=[Path(file["filename"]) for part in loaded.values() for file in part.cache_files],
         no_labels=f"column {label_column} holds no classes"
@@ -104,21 +96,20 @@ def _load(spec: str) -> tuple[Mapping[str, Any], str | None]:
     return loaded, column or None
 
 
-def _label_column(features: Mapping[str, Any]) -> str | None:
-    """`label` or another of LABEL_COLUMNS, else the first column of classes."""
+def _label_column(features: Mapping[str, Any], named: str | None) -> str | None:
+    """The named column, else `label` or another of LABEL_COLUMNS, else the first column of classes."""
     import datasets
 
-    def is_label(name: str, feature: Any) -> bool:
-        if isinstance(feature, datasets.ClassLabel):
-            return True
-        kind = feature.dtype if isinstance(feature, datasets.Value) else ""
-        return name.lower() in LABEL_COLUMNS and kind.startswith(
-            ("int", "uint", "bool", "float", "string", "large_string")
+    kinds = ("int", "uint", "bool", "float", "string", "large_string")
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    values = [name for name, feature in features.items() if isinstance(feature, datasets.Value)]
+    usable = [*classes, *(name for name in values if features[name].dtype.startswith(kinds))]
+    if named and named not in usable:
+        raise ValueError(
+            f"--label-column {named}: no column of classes, strings or integers; the set has {', '.join(usable)}."
         )
-
-    rank = {name: i for i, name in enumerate(LABEL_COLUMNS)}
-    found = [name for name, feature in features.items() if is_label(name, feature)]
-    return min(found, key=lambda name: rank.get(name.lower(), len(rank)), default=None)
+    usual = [name for wanted in LABEL_COLUMNS for name in usable if name.lower() == wanted]
+    return named or next(iter([*usual, *classes]), None)
 
 
 def _is_known(label: str | int | float | None) -> bool:

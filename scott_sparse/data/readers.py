@@ -119,7 +119,10 @@ def is_picture_file(path: Path) -> bool:
         return path.suffix.lower() in picture_extensions()
     if not path.is_file():  # reading a pipe would never end
         return False
-    prefix = _first_bytes(path, 16)
+    try:
+        prefix = _first_bytes(path, 16)
+    except OSError:  # may not be opened
+        return False
     accepts = (Image.OPEN[name][1] for name in prepare_pillow())
     return any(accept is not None and accept(prefix) is True for accept in accepts)
 

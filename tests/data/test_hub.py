@@ -68,8 +68,9 @@ def test_labels(case, tmp_path):
     feature, train, test, labels, classes = LABELS[case]
     source = source_of(write(tmp_path / "set", feature=feature, train=train, test=test))
     assert source.labels == labels and source.classes == classes
-    hidden = all(label in (None, -1) for label in test)
-    assert sizes(source) == {"train": len(train), "unlabelled" if hidden else "test": len(test)}
+    hidden = sum(label in (None, -1) for label in test)
+    expected = {"train": len(train), "test": len(test) - hidden, "unlabelled": hidden}
+    assert sizes(source) == {split: count for split, count in expected.items() if count}
     assert labels or source.no_labels
     assert ("labels from the column label" in source.notes[0]) == (case != "several at once")
 
@@ -96,7 +97,7 @@ def test_bytes_in_parquet_and_splits_of_every_name(tmp_path):
     assert counts == {"train": 6, "validation": 4, "test": 3, "unsupervised": 2}
     data = open_data(DataConfig(data=f"hf:{root}", cache_dir=tmp_path), short_side=8)
     assert [data.test.read(row)[0, 0, 0] for row in data.test.rows.tolist()] == [6, 7, 8, 9]
-    assert len(data.pretrain) == 11 and data.notes == source.notes
+    assert len(data.pretrain) == 11 and data.about["notes"][:2] == list(source.notes)
 
 
 def test_the_column_of_images(tmp_path):
@@ -133,6 +134,19 @@ def test_the_configuration(tmp_path):
     assert sizes(source_of(root, ":small")) == {"train": 2} and sizes(source_of(root, ":large:image")) == {"train": 5}
     with pytest.raises(ValueError, match=r"(?s)cannot be loaded: Config name is missing.*small.*large"):
         source_of(root)
+
+
+def test_the_column_of_labels(tmp_path):
+    columns = {"image": [picture(0), picture(1)], "text": [[1], [2]], "fine": [0, 1], "genus": ["a", "a"]}
+    part = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).cast_column("fine", XY)
+    (tmp_path / "set").mkdir()
+    part.to_parquet(tmp_path / "set" / "train.parquet")
+    spec = f"hf:{tmp_path / 'set'}"
+    assert find_source(spec, root=tmp_path).classes == ("x", "y")  # the column of classes
+    assert find_source(spec, root=tmp_path, label_column="genus").classes == ("a",)
+    for name in ("text", "image", "missing"):
+        with pytest.raises(ValueError, match=f"--label-column {name}: .*has fine, genus"):
+            find_source(spec, root=tmp_path, label_column=name)
 
 
 @pytest.mark.parametrize("splits", [True, False])

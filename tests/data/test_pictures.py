@@ -288,9 +288,9 @@ def test_bright_and_dark_images_of_a_set_keep_their_relation(bits, format, cache
         dark, bright = images_of(config)
         assert len(np.unique(bright)) == 256 and dark.max() == 16
         assert abs(bright[..., 0] - ramp * (255 / (2**bits - 1))).max() <= 0.5
-        assert open_data(config, short_side=64).notes == (
+        assert open_data(config, short_side=64).about["notes"] == [
             f"values of more than 8 bits are taken as {bits}-bit (0 to {2**bits - 1})",
-        )
+        ]
 
 
 def test_another_image_of_more_bits_rescales_the_set(tmp_path):
@@ -308,11 +308,13 @@ def test_what_was_chosen_is_said_and_has_a_cache_of_its_own(tmp_path):
     for page, value in ((0, 50), (1, 100), (0, 50)):
         config = DataConfig(data=str(root), cache_dir=tmp_path, page=page)
         assert [image[0, 0, 0] for image in images_of(config)] == [value, value, 7]
-        assert open_data(config, short_side=64).notes[0] == f"page {page} of TIFFs with several pages (2 images)"
+        assert (
+            open_data(config, short_side=64).about["notes"][0] == f"page {page} of TIFFs with several pages (2 images)"
+        )
     rgba = tiff(FOUR, photometric=2)
     root = write_folder(tmp_path / "other", {"a.tif": rgba})
     config = DataConfig(data=str(root), cache_dir=tmp_path, bands=(3, 2, 1))
-    assert open_data(config, short_side=64).notes == ("bands 3 2 1 of pictures with several bands",)
+    assert open_data(config, short_side=64).about["notes"] == ["bands 3 2 1 of pictures with several bands"]
 
 
 @pytest.mark.parametrize("flags", [{"bands": (0, 1)}, {"bands": (-1,)}, {"page": -1}])

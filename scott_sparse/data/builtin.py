@@ -1,4 +1,4 @@
-"""Published data sets by name, through torchvision, elpv-dataset and Hugging Face datasets.
+"""Published data sets by name, through torchvision and elpv-dataset.
 
 torchvision downloads a missing set if the network allows; otherwise the error says which files to put where.
 """
@@ -6,14 +6,13 @@ torchvision downloads a missing set if the network allows; otherwise the error s
 import functools
 import importlib.util
 import inspect
-import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch.utils.data import ConcatDataset
 
-from scott_sparse.data.decode import Picture
+from scott_sparse.data.readers import Picture
 from scott_sparse.data.sources import Source, image_files, split_ranges, split_source
 
 
@@ -80,7 +79,7 @@ PUBLISHED = ("elpv", *IMAGENET100, *TORCHVISION_SETS)
 
 
 def published_source(name: str, *, root: Path) -> Source:
-    """The data set `name`, one of PUBLISHED or hf:OWNER/NAME, whose files lie in, or are downloaded to, `root`.
+    """The data set `name`, one of PUBLISHED, whose files lie in, or are downloaded to, `root`.
 
     Raises ValueError, saying what to do, if the set is not there and cannot be downloaded.
     """
@@ -88,7 +87,7 @@ def published_source(name: str, *, root: Path) -> Source:
         return _torchvision(name, root)
     if name in IMAGENET100:
         return _imagenet100(name, root)
-    return _elpv() if name == "elpv" else _hugging_face(name.removeprefix("hf:"))
+    return _elpv()
 
 
 def _imagenet100(name: str, root: Path) -> Source:
@@ -155,50 +154,8 @@ def _elpv() -> Source:
     return _source(labels, {"train": range(len(files))}, classes, files, root=root)
 
 
-def _hugging_face(name: str) -> Source:
-    """The image column and, if there is one, the class column of a data set in a format of the Hugging Face Hub."""
-    try:
-        import datasets
-        from datasets.exceptions import DatasetsError
-    except ImportError:
-        raise ValueError(f"--data hf:{name} needs the package datasets: pip install datasets.") from None
-    try:
-        loaded: Any = datasets.load_dataset(name)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(f"--data hf:{name} cannot be loaded: {error}") from None
-    features = loaded["train"].features if "train" in loaded else {}
-    images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
-    labels = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    if not images:
-        raise ValueError(
-            f"--data hf:{name} has the splits {', '.join(loaded)}, and in train the columns {', '.join(features)}; "
-            "expected a split train with a column of images."
-        )
-    image, label = images[0], "label" if "label" in labels else labels[0] if labels else None
-    renamed = {"validation": "val", "valid": "val", "dev": "val"}
-    renamed |= {"unsupervised": "unlabelled", "unlabeled": "unlabelled"}
-    parts = {}
-    for split, part in loaded.items():
-        split = renamed.get(split, split)
-        if split == "test" and label and max(part[label]) < 0:  # the hidden labels of a challenge
-            split = "unlabelled"
-        if split in ("train", "val", "test", "unlabelled"):
-            parts[split] = part
-    encoded = [part.select_columns(image).cast_column(image, datasets.Image(decode=False)) for part in parts.values()]
-    picture = functools.partial(_encoded, ConcatDataset(encoded), image)
-    column = [x for part in parts.values() for x in part[label]] if label else None
-    classes = features[label].names if label else None
-    files = [Path(file["filename"]) for part in parts.values() for file in part.cache_files]
-    return _source(column, split_ranges(parts), classes, files, picture=picture)
-
-
 def _first(examples: ConcatDataset[Any], i: int) -> Picture:
     return examples[i][0]
-
-
-def _encoded(examples: ConcatDataset[Any], column: str, i: int) -> Picture:
-    image = examples[i][column]
-    return io.BytesIO(image["bytes"]) if image["bytes"] else Path(image["path"])
 
 
 def _source(

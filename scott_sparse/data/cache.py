@@ -3,7 +3,8 @@
 A cache file holds the pixels of the readable pictures one after the other (each h x w x 3), then the index
 (safetensors), then a trailer with the length and digest of the index. It is written under another name and renamed,
 under a file lock that ends with its process. A file is used only if trailer, index, sampled pixels and fingerprint are
-as expected; otherwise it is replaced. The fingerprint covers the settings and the name, size and time of every file.
+as expected; otherwise it is replaced. The fingerprint covers the settings, the versions of the packages that read
+pictures, and the name, size and time of every file, and with them the bit depth that is found in those files.
 
 Mapped pages are in the page cache of the kernel: a data set that fits in memory is there once, for all processes.
 """
@@ -15,56 +16,67 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterator
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-import PIL
 import torch
 from filelock import FileLock
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import load, save
 
-from scott_sparse.data.decode import Unreadable, decode, pixel_digest, prepare_pillow
+from scott_sparse.data.decode import bits_for, decode, largest_value, pixel_digest
 from scott_sparse.data.images import Images
+from scott_sparse.data.readers import FIRST_PAGE, Picture, Selection, Unreadable, prepare_pillow, reader_versions
 from scott_sparse.data.sources import Source
 from scott_sparse.distributed import cpu_count
 from scott_sparse.files import open_atomically
 from scott_sparse.shapes import Int, Tensor
 
 CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "scott_sparse"
-FORMAT = 1  # part of every fingerprint: raise it whenever a decoded pixel or the layout of the file changes
+FORMAT = 2  # part of every fingerprint: raise it whenever a decoded pixel or the layout of the file changes
 TRAILER = struct.Struct("<Q16s8s")  # length and digest of the index, then MAGIC
 MAGIC = b"scottpix"
 
 
 def decode_once(
-    source: Source, *, title: str, short_side: int, keep_pixels: bool, folder: Path, read_ahead_bytes: int
-) -> tuple[Images, dict[int, str]]:
+    source: Source,
+    *,
+    title: str,
+    short_side: int,
+    selection: Selection = FIRST_PAGE,
+    keep_pixels: bool,
+    folder: Path,
+    read_ahead_bytes: int,
+) -> tuple[Images, dict[int, str], tuple[str, ...]]:
     """Decode a source to a file in `folder`, or open that file; larger pictures are resized to `short_side` pixels.
 
     Without `keep_pixels` the file holds the index only (sizes, digests, unreadable pictures), and `read` decodes again.
     Up to `read_ahead_bytes` of pixels are read into memory at once; a larger file is read as its pixels are used.
 
     Returns:
-        All pictures of the source, and by number why some cannot be read: these have size (0, 0).
+        All pictures of the source; by number why some cannot be read: these have size (0, 0); and what a user should
+        know about how pictures were read, such as the range of values of more than 8 bits.
 
     Raises:
         ValueError: if the cache file cannot be written, or the source cannot deliver a picture.
     """
     prepare_pillow()  # before the threads that decode
-    fingerprint = _fingerprint(source, short_side, keep_pixels)
-    settings = _digest(repr((title, short_side, keep_pixels)).encode()).hex()[:8]
-    path = folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', title)[-40:].strip('-')}-{short_side}-{settings}.images"
-    try:  # an OSError of the source is not an OSError here: see `_decode_all`
+    settings = (title, short_side, keep_pixels, selection)
+    fingerprint = _fingerprint(source, *settings)
+    words, code = re.sub(r"[^A-Za-z0-9]+", "-", title)[-40:].strip("-"), _digest(repr(settings).encode()).hex()[:8]
+    path = folder / f"{words}-{short_side}-{code}.images"
+    try:  # an OSError of the source is not an OSError here: see `_picture`
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # one process decodes, the others wait and then find its file
             index = _read_index(path, fingerprint)
             if index is None:
-                _write(path, source, title, short_side, keep_pixels, fingerprint)
+                _write(path, source, title, short_side, selection, keep_pixels, fingerprint)
                 index = _read_index(path, fingerprint)
                 assert index is not None
     except OSError as error:
@@ -76,10 +88,12 @@ def decode_once(
     if keep_pixels and about["bytes"] <= read_ahead_bytes and hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, about["bytes"], os.POSIX_FADV_WILLNEED)
-    read = MappedPixels(path, sizes) if keep_pixels else functools.partial(_decode_again, source, short_side)
+    again = functools.partial(_decode_again, source, short_side, selection, about["bits"])
+    read = MappedPixels(path, sizes) if keep_pixels else again
     labels = torch.tensor(source.labels) if source.labels else None
     images = Images(read, torch.arange(len(sizes)), sizes, digests, labels, source.names)
-    return images, {int(i): reason for i, reason in about["unreadable"].items()}
+    notes = [f"bands {' '.join(map(str, selection.bands))} of pictures with several bands"] if selection.bands else []
+    return images, {int(i): reason for i, reason in about["unreadable"].items()}, (*notes, *about["notes"])
 
 
 class MappedPixels:
@@ -99,9 +113,9 @@ class MappedPixels:
         return MappedPixels, (self.path, self.sizes)
 
 
-def _decode_again(source: Source, short_side: int, i: int) -> np.ndarray:
+def _decode_again(source: Source, short_side: int, selection: Selection, bits: int, i: int) -> np.ndarray:
     try:
-        return decode(source.picture(i), short_side).numpy()
+        return decode(source.picture(i), short_side, selection, find_bits=lambda: bits).numpy()
     except Unreadable as reason:
         raise ValueError(f"{source.names[i]} could be read when the run began, and now: {reason}.") from None
 
@@ -111,7 +125,7 @@ def _digest(data: bytes) -> bytes:
 
 
 def _fingerprint(source: Source, *settings: object) -> str:
-    digest = hashlib.blake2b(repr((FORMAT, PIL.__version__, settings)).encode(), digest_size=16)
+    digest = hashlib.blake2b(repr((FORMAT, reader_versions(), settings)).encode(), digest_size=16)
     for name in source.names:
         digest.update(os.fsencode(name) + b"\0")
     stamp: object
@@ -155,44 +169,93 @@ def _sample(file: IO[bytes], length: int, blocks: int = 64, block_bytes: int = 4
     return digest.hexdigest()
 
 
-def _write(path: Path, source: Source, title: str, short_side: int, keep_pixels: bool, fingerprint: str) -> None:
+def _write(
+    path: Path,
+    source: Source,
+    title: str,
+    short_side: int,
+    selection: Selection,
+    keep_pixels: bool,
+    fingerprint: str,
+) -> None:
     total = len(source.names)
     sizes, digests = torch.zeros(total, 2, dtype=torch.int64), torch.zeros(total, dtype=torch.int64)
-    unreadable = {}
+    unreadable, notes = {}, Counter[str]()
+    find_bits = BitDepth(source, selection)
     with open_atomically(path, locked=True) as file:
-        pictures = _decode_all(source, short_side)
+        decoded = _decode_all(source, short_side, selection, find_bits)
         console, description = Console(stderr=True), f"decoding {title}"
-        for i, picture in enumerate(track(pictures, description, total, console=console, transient=True)):
+        for i, picture in enumerate(track(decoded, description, total, console=console, transient=True)):
             if isinstance(picture, str):
                 unreadable[i] = picture
                 continue
-            pixels, digests[i] = picture
+            pixels, digests[i], said = picture
             sizes[i] = torch.tensor(pixels.shape[:2])
+            notes.update(said)
             if keep_pixels:
                 file.write(pixels.data)
         length = file.tell()
         file.flush()
+        lines = [f"{note} ({count:,} images)" for note, count in sorted(notes.items())]
+        if find_bits.bits:
+            lines.append(f"values of more than 8 bits are taken as {find_bits.bits}-bit (0 to {2**find_bits.bits - 1})")
         about = {"bytes": length, "fingerprint": fingerprint, "unreadable": unreadable, "sample": _sample(file, length)}
+        about |= {"bits": find_bits.bits or 16, "notes": lines}
         encoded = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
         index = save({"sizes": sizes, "digests": digests, "about": encoded})
         file.seek(length)
         file.write(index + TRAILER.pack(len(index), _digest(index), MAGIC))
 
 
-def _decode_all(source: Source, short_side: int) -> Iterator[tuple[np.ndarray, int] | str]:
-    """Pixels and digest of each picture, or why it cannot be read; by threads, as Pillow releases Python's lock.
+class BitDepth:
+    """Bit depth of a source's pictures of more than 8 bits, found when the first of them is decoded, in any thread.
 
-    An OSError of the source is raised as a ValueError that names the picture, so that the cache is not blamed for it.
+    A file of 16 bits may hold values of 12: those of all pictures are compared, so that an image keeps its brightness
+    relative to the others.
     """
 
-    def decode_one(i: int) -> tuple[np.ndarray, int] | str:
+    def __init__(self, source: Source, selection: Selection):
+        self.source, self.selection = source, selection
+        self.bits: int | None = None
+        self.lock = threading.Lock()
+
+    def __call__(self) -> int:
+        with self.lock:
+            if self.bits is None:
+                with ThreadPoolExecutor(cpu_count()) as pool:
+                    self.bits = bits_for(max(pool.map(self._largest_value, range(len(self.source.names)))))
+            return self.bits
+
+    def _largest_value(self, i: int) -> int:
+        with contextlib.suppress(Unreadable):
+            return largest_value(_picture(self.source, i), self.selection)
+        return 0
+
+
+def _picture(source: Source, i: int) -> Picture:
+    """Picture i; an OSError of the source becomes a ValueError that names it, so that the cache is not blamed."""
+    try:
+        return source.picture(i)
+    except OSError as error:
+        raise ValueError(f"{source.names[i]} cannot be read: {error}") from error
+
+
+def _decode_all(
+    source: Source, short_side: int, selection: Selection, find_bits: Callable[[], int]
+) -> Iterator[tuple[np.ndarray, int, list[str]] | str]:
+    """Pixels, digest and notes of each picture, or why it cannot be read.
+
+    By threads, as Pillow releases Python's lock.
+    """
+
+    def decode_one(i: int) -> tuple[np.ndarray, int, list[str]] | str:
+        notes: list[str] = []
         try:
-            pixels = decode(source.picture(i), short_side).numpy()
+            picture = _picture(source, i)
+            pixels = decode(picture, short_side, selection, find_bits=find_bits, note=notes.append).numpy()
         except Unreadable as reason:
             return str(reason)
-        except OSError as error:
-            raise ValueError(f"{source.names[i]} cannot be read: {error}") from error
-        return pixels, pixel_digest(pixels)
+        return pixels, pixel_digest(pixels), notes
 
     total, block = len(source.names), 32 * cpu_count()  # in blocks, as the writer may be slower than the decoders
     with ThreadPoolExecutor(cpu_count()) as pool:

@@ -11,8 +11,10 @@ import torch
 from scott_sparse.cli import ADVANCED, UserErrors
 from scott_sparse.data.builtin import PUBLISHED, published_source
 from scott_sparse.data.cache import CACHE_DIR, decode_once
+from scott_sparse.data.hub import hub_source
 from scott_sparse.data.images import Images
 from scott_sparse.data.petals import petals_source
+from scott_sparse.data.readers import Selection
 from scott_sparse.data.sources import Source, counts, folder_source, printable, some
 from scott_sparse.data.splits import Splits, select_roles
 from scott_sparse.data.tables import apply_tables
@@ -23,8 +25,8 @@ class DataConfig:
     """Which images to use, and where decoded images are kept."""
 
     data: str | None = None
-    """Images to use: a folder of images, petals (drawn flowers, no download), hf:OWNER/NAME of the Hugging Face Hub,
-    or a published data set by name: flowers102, pets37, cifar10, ... (an unknown name lists all)."""
+    """Images to use: a folder of images, petals (drawn flowers, no download), hf:NAME[:CONFIG][:COLUMN] of the
+    Hugging Face Hub, or a published data set by name: flowers102, pets37, cifar10, ... (an unknown name lists all)."""
     protocol: Literal["clean", "paper"] = "clean"
     """clean: pretraining never sees a test image.
     paper: pretraining sees all images, test included, as in the paper's own runs."""
@@ -37,6 +39,12 @@ class DataConfig:
     """Folder in which decoded images (and the features of evaluations) are kept between runs."""
     ram_gib: Annotated[float, ADVANCED] = 8.0
     """Decoded images of at most this total size, in GiB, are read into memory when a run starts, larger ones later."""
+    page: Annotated[int, ADVANCED] = 0
+    """Which page to use of pictures with several, such as multi-page TIFFs, from 0."""
+    bands: Annotated[tuple[int, ...], ADVANCED] = ()
+    """Which bands to use of pictures with several, from 0: one as grey, or three as red, green and blue.
+    A picture of one band stays grey. Without this flag, pictures of four bands or more are refused, unless they are
+    RGB with alpha or CMYK and say so."""
     skip_unreadable: bool = False
     """Leave out images that cannot be read. Otherwise they are listed, and the run does not start."""
     list: Path | None = None
@@ -47,7 +55,7 @@ class DataConfig:
     image_column: Annotated[str | None, ADVANCED] = None
     """Column of --labels that names the image. Default: file_name, or another usual name."""
     label_column: Annotated[str | None, ADVANCED] = None
-    """Column of --labels that names the class. Default: label, class or category."""
+    """Column of --labels, or of a set hf:NAME, that names the class. Default: label, class or category."""
     split_column: Annotated[str | None, ADVANCED] = None
     """Column of --labels that says train, val or test. Default: split, if there is such a column."""
 
@@ -127,6 +135,8 @@ def open_data(config: DataConfig, *, short_side: int) -> Data:
         raise ValueError("no images are named: --data needs a folder of images, a published set or petals.")
     columns = {"image": config.image_column, "label": config.label_column, "split": config.split_column}
     folder = None if _is_named_set(config.data) else Path(config.data).expanduser()
+    if config.data.startswith("hf:"):
+        columns.pop("label")  # which the data set has
     if folder is None and (config.list or config.labels or any(columns.values())):
         raise ValueError(f"--list and --labels describe the images of a folder; --data {config.data} is none.")
     for flag, path in (("list", config.list), ("labels", config.labels)):
@@ -136,14 +146,15 @@ def open_data(config: DataConfig, *, short_side: int) -> Data:
         short_side = max(64, short_side // 2)
         source = petals_source(short_side)
     else:
-        source = find_source(config.data, root=config.data_root, listed=config.list)
+        source = find_source(config.data, root=config.data_root, listed=config.list, label_column=config.label_column)
     if folder:
         source = apply_tables(source, folder, config.labels, columns)
     source = _without_useless_labels(source)
-    every, unreadable = decode_once(
+    every, unreadable, notes = decode_once(
         source,
         title=str((config.list or folder).resolve()) if folder else config.data,
         short_side=short_side,
+        selection=Selection(config.page, config.bands),
         keep_pixels=config.cache == "disk" or config.data == "petals",  # drawing a flower costs more than reading it
         folder=config.cache_dir,
         read_ahead_bytes=int(config.ram_gib * 2**30),
@@ -153,12 +164,14 @@ def open_data(config: DataConfig, *, short_side: int) -> Data:
         raise UnreadableImages(reasons, len(every))
     roles = select_roles(config.protocol, source.splits, source.names, source.labels)
     roles = {role: [i for i in part if i not in unreadable] for role, part in roles.items()}
-    return _data(every, roles, source, reasons)
+    return _data(every, roles, replace(source, notes=(*source.notes, *notes)), reasons)
 
 
-def find_source(data: str, *, root: Path, listed: Path | None = None) -> Source:
+def find_source(data: str, *, root: Path, listed: Path | None = None, label_column: str | None = None) -> Source:
     """The source that the value of --data names, except petals, and --list. Raises as `open_data`."""
-    if _is_named_set(data):
+    if data.startswith("hf:"):
+        return hub_source(data.removeprefix("hf:"), label_column=label_column)
+    if data in PUBLISHED:
         return published_source(data, root=root)
     folder = Path(data).expanduser()
     if not folder.is_dir():

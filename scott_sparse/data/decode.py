@@ -1,67 +1,83 @@
-"""Decode one picture to upright 8-bit RGB, or say in one line why it cannot be read.
+"""Decode one picture to upright 8-bit sRGB, or say in one line why it cannot be read.
 
-Pixels are those that an image viewer shows: EXIF orientation is applied, transparency is composited over white, 16-bit
-grey is scaled to 8 bits, and of an animation the first frame is taken.
+Pixels are those that an image viewer shows: EXIF orientation and colour profile (ICC) are applied, transparency is
+composited over white, and of an animation the first frame is taken. Values of more than 8 bits are scaled by the range
+of the whole data set, so that its images stay comparable.
 """
 
 import contextlib
 import functools
 import hashlib
 import io
-import stat
-import warnings
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
+from scott_sparse.data.readers import (
+    FIRST_PAGE,
+    MAX_PICTURE_PIXELS,
+    SELECTED,
+    SEVERAL_PAGES,
+    DeepPixels,
+    Picture,
+    Selection,
+    Unreadable,
+    open_picture,
+    prepare_pillow,
+)
 from scott_sparse.shapes import Tensor, UInt8
 
-Picture = Path | io.BytesIO | Image.Image
-# Formats of photo collections. Pillow knows others, some of which start a program (EPS) or fetch a URL.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-MAX_PICTURE_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow refuses more, and warns above half of it
+BIT_DEPTHS = (8, 10, 12, 14, 16)  # of cameras and scanners
+SAME_COLOUR = 2  # a profile that changes no value of 0 to 255 by more is that of sRGB, in one of its many variants
+ICC_SPACES = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}  # what a profile says it is for, and Pillow's mode
 
 
-class Unreadable(ValueError):
-    """A picture cannot be read; the message is the reason in one line, without the path."""
-
-
-@functools.cache
-def prepare_pillow() -> tuple[str, ...]:
-    """Load Pillow's format plugins, silence its warnings, and return those of FORMATS that this build reads.
-
-    The warnings are about damaged EXIF blocks and large pictures. Both changes affect the whole process, and warning
-    filters are not thread-safe: call this function before threads that decode are started.
-    """
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def decode(picture: Picture, short_side: int) -> UInt8[Tensor, "h w 3"]:
+def decode(
+    picture: Picture,
+    short_side: int,
+    selection: Selection = FIRST_PAGE,
+    *,
+    find_bits: Callable[[], int] = lambda: 16,
+    note: Callable[[str], object] = lambda text: None,
+) -> UInt8[Tensor, "h w 3"]:
     """Decode a picture; one whose shorter side exceeds `short_side` pixels is resized to it (bicubic, antialiased).
+
+    Args:
+        find_bits: Called for a picture of more than 8 bits: the bit depth of its data set (see `bits_for`).
+        note: Called with what a user should know about how the picture was read.
 
     Raises Unreadable if the picture is not an image that can be decoded from the first byte to the last.
     """
-    formats = prepare_pillow()
-    try:
-        if isinstance(picture, Path):
-            _check_file(picture)
-        if not isinstance(picture, Image.Image):
-            picture = Image.open(picture, formats=formats)
-        with picture:
-            return _upright_rgb(picture, short_side)
-    except Unreadable:
-        raise
-    except Image.DecompressionBombError:
-        raise Unreadable(f"more than {MAX_PICTURE_PIXELS // 10**6} million pixels: a decompression bomb") from None
-    except Image.UnidentifiedImageError:
-        raise Unreadable(f"not an image in one of the formats {', '.join(formats)}") from None
-    except Exception as error:  # On arbitrary bytes Pillow raises nearly any exception; each is reported as the reason.
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise Unreadable(" ".join(reason.split())[:200] or type(error).__name__) from None
+    with _one_line_reasons():
+        image = open_picture(picture, selection)
+        if isinstance(image, DeepPixels):
+            image = _to_8_bits(image, find_bits())
+        with image:
+            if image.info.get(SEVERAL_PAGES):
+                note(f"page {selection.page} of TIFFs with several pages")
+            return _upright_rgb(image, short_side, selection)
+
+
+def largest_value(picture: Picture, selection: Selection) -> int:
+    """Largest value of a picture of more than 8 bits, or that its file says is possible; 0 for any other picture.
+
+    Of pictures of 8 bits only the header is read. Raises as `decode`.
+    """
+    with _one_line_reasons():
+        image = open_picture(picture, selection)
+        if isinstance(image, DeepPixels):
+            colours = image.values[..., :3] if image.values.ndim == 3 else image.values
+            return max(int(colours.max()), image.stated)
+        image.close()
+        return 0
+
+
+def bits_for(largest: int) -> int:
+    """The smallest bit depth in use that holds a value of 0 to 65535: 12 for 4000."""
+    return next(bits for bits in BIT_DEPTHS if largest < 2**bits)
 
 
 def pixel_digest(pixels: np.ndarray) -> int:
@@ -70,21 +86,43 @@ def pixel_digest(pixels: np.ndarray) -> int:
     return int.from_bytes(digest[:8], signed=True)
 
 
-def _check_file(path: Path) -> None:
-    """Refuse what is not a regular file: reading a pipe or a device may never end."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise Unreadable("not a regular file")
-    if status.st_size == 0:
-        raise Unreadable("an empty file")
+@contextlib.contextmanager
+def _one_line_reasons() -> Iterator[None]:
+    try:
+        yield
+    except Unreadable:
+        raise
+    except Image.DecompressionBombError:
+        raise Unreadable(f"more than {MAX_PICTURE_PIXELS // 10**6} million pixels: a decompression bomb") from None
+    except Image.UnidentifiedImageError:
+        raise Unreadable(f"not an image in one of the formats {', '.join(prepare_pillow())}") from None
+    except Exception as error:  # On arbitrary bytes Pillow raises nearly any exception; each is reported as the reason.
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise Unreadable(" ".join(reason.split())[:200] or type(error).__name__) from None
 
 
-def _upright_rgb(image: Image.Image, short_side: int) -> UInt8[Tensor, "h w 3"]:
+def _to_8_bits(deep: DeepPixels, bits: int) -> Image.Image:
+    """Values of 0 to 2**bits - 1 as 0 to 255; alpha, which may use all 16 bits beside 12-bit colours, by itself."""
+    table = _eight_bits(bits)
+    pixels = (255 - table if deep.white_is_zero else table)[deep.values]
+    if pixels.ndim == 3 and pixels.shape[2] == 4:
+        alpha = deep.values[..., 3]
+        pixels[..., 3] = _eight_bits(bits if alpha.max() < 2**bits else 16)[alpha]
+    image = Image.fromarray(pixels)
+    image.info = deep.info
+    return image
+
+
+def _eight_bits(bits: int) -> np.ndarray:
+    return np.minimum(np.arange(2**16) * 255 / (2**bits - 1) + 0.5, 255).astype(np.uint8)
+
+
+def _upright_rgb(image: Image.Image, short_side: int, selection: Selection) -> UInt8[Tensor, "h w 3"]:
     image.draft("RGB", _shrunk_size(image.size, short_side))  # JPEG: decode at 1/2, 1/4 or 1/8, not below this size
     image.load()
     with contextlib.suppress(Exception):  # a damaged EXIF block: the orientation is unknown, the pixels are intact
         image = ImageOps.exif_transpose(image)
-    image = _rgb(image)
+    image = _rgb(image, selection)
     if min(image.size) > short_side:
         image = image.resize(_shrunk_size(image.size, short_side), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image))
@@ -95,15 +133,53 @@ def _shrunk_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
     return max(round(size[0] * scale), short_side), max(round(size[1] * scale), short_side)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, selection: Selection) -> Image.Image:
+    """sRGB over white, or the selected bands."""
     if image.mode == "F":
         raise Unreadable("floating-point pixels have no stated range")
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise Unreadable(f"integer pixels from {values.min()} to {values.max()}, expected 0 to 65535")
-        image = Image.fromarray((values / 257 + 0.5).astype(np.uint8))
+    grey = image.mode in ("1", "L", "LA", "La")
+    space = "CMYK" if image.mode == "CMYK" else "L" if grey else "RGB"
+    profile = _srgb_transform(image.info.get("icc_profile") or b"")
+    select = selection.bands and not image.info.get(SELECTED) and image.mode not in ("1", "L")
+    alpha = None
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        alpha = image.getchannel("A")
+    if profile and (profile.mode == space or (profile.mode, space) == ("RGB", "L")):  # as in many grey photos
+        rgb = profile.transform.apply(image.convert(profile.mode))
+    else:
+        rgb = image.convert("RGB")
+    if select:
+        planes = selection.of([*rgb.split()[: 1 if grey else 3], *([alpha] if alpha else [])])
+        rgb, alpha = Image.merge("RGB", planes if len(planes) == 3 else 3 * planes), None
+    if alpha:
+        rgb.putalpha(alpha)
+        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
+    return rgb
+
+
+class _Profile(NamedTuple):
+    mode: str
+    transform: ImageCms.ImageCmsTransform
+
+
+@functools.lru_cache(32)
+def _srgb_transform(profile: bytes) -> _Profile | None:
+    """How to bring pixels with an ICC profile to sRGB; None if they are as in sRGB, or the profile is broken."""
+    if not profile:
+        return None
+    try:
+        source: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = ICC_SPACES[source.profile.xcolor_space.strip()]
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, KeyError):
+        return None
+    if mode != "CMYK":
+        levels = np.linspace(0, 255, 18).round().astype(np.uint8)
+        cube = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(18, -1, 3)
+        probe = Image.fromarray(cube if mode == "RGB" else cube[..., 0])
+        changed, before = np.asarray(transform.apply(probe)), np.asarray(probe.convert("RGB"))
+        change = np.subtract(changed, before, dtype=np.int16)
+        if abs(change).max() <= SAME_COLOUR:
+            return None
+    return _Profile(mode, transform)

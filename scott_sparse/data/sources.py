@@ -18,14 +18,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
-from scott_sparse.data.decode import Picture
+from scott_sparse.data.readers import Picture, is_picture_file, picture_extensions
 
 T = TypeVar("T")
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".jp2", ".avif"),
-)
-EXPECTED = f"expected files ending in {', '.join(EXTENSIONS)}"
 SPLITS = ("train", "val", "test", "unlabelled")
 SPLIT_NAMES = {  # in lower case: name of the split here
     **dict.fromkeys(("train", "training"), "train"),
@@ -81,7 +76,8 @@ def folder_source(root: Path, *, listed: Path | None = None) -> Source:
     empty = [folder for folder in skipped.folders if folder.parent == root and folder.name.lower() in SPLIT_NAMES]
     if empty or not files:
         others = f" but {counts(skipped.files)}" if skipped.files else ""
-        raise ValueError(f"no image in {empty[0] if empty else listed or root}{others}; {EXPECTED}.")
+        expected = f"expected files ending in {', '.join(sorted(picture_extensions()))}"
+        raise ValueError(f"no image in {empty[0] if empty else listed or root}{others}; {expected}.")
     paths = [_parts(file, root) for file in files]
     splits, notes = _split_folders(root, paths)
     by_split: dict[str, list[Path]] = {name: [] for name in SPLITS}
@@ -173,9 +169,9 @@ def image_files(folder: Path, skipped: Skipped | None = None, ancestors: frozens
             found = image_files(path, inside, ancestors | {folder_id}) if searched else []
             skipped.folders.update(inside.folders if found else {path: 0})
             files += found
-        elif extension in EXTENSIONS and not hidden:  # dangling links and pipes too: decoding reports them
+        elif is_picture_file(path) and not hidden:  # dangling links and pipes too: decoding reports them
             files.append(path)
-        elif extension in EXTENSIONS or not hidden:
+        elif is_picture_file(path) or not hidden:
             skipped.files["hidden" if hidden else extension or "without extension"] += 1
     return files
 

@@ -19,7 +19,7 @@ from scott_sparse.data.sources import folder_source
 
 def decode_folder(root, kept, **changes):
     settings = {"title": "photos", "short_side": 32, "keep_pixels": True, "read_ahead_bytes": 2**20, "folder": kept}
-    images, unreadable = decode_once(folder_source(root), **{**settings, **changes})
+    images, unreadable, _ = decode_once(folder_source(root), **{**settings, **changes})
     assert not unreadable
     return images
 
@@ -28,7 +28,7 @@ def decode_folder(root, kept, **changes):
 def counted(monkeypatch):
     """The pictures decoded so far."""
     seen = []
-    monkeypatch.setattr(cache, "decode", lambda picture, side: seen.append(picture) or decode(picture, side))
+    monkeypatch.setattr(cache, "decode", lambda *args, **options: seen.append(args[0]) or decode(*args, **options))
     return seen
 
 
@@ -135,7 +135,7 @@ def test_a_killed_writer_leaves_nothing_that_is_used(photos, tmp_path, monkeypat
 
 def _count_decoded(root, kept, results):
     seen = []
-    cache.decode = lambda picture, side: seen.append(picture) or decode(picture, side)
+    cache.decode = lambda *args, **options: seen.append(args[0]) or decode(*args, **options)
     pixels = decode_folder(root, kept).read(7)
     results.put((len(seen), int(pixels.sum())))
 

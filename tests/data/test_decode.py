@@ -309,7 +309,7 @@ def test_six_hundred_damaged_files_neither_crash_nor_hang_a_worker(tmp_path):
     for number in range(600):
         form = list(seeds)[number % len(seeds)]
         (folder / f"{number:03}.{form}.jpg").write_bytes(mutated(seeds[form], chance))
-    images, unreadable = decode_once(
+    images, unreadable, _ = decode_once(
         folder_source(folder),
         title="fuzz",
         short_side=32,

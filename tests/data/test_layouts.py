@@ -10,7 +10,7 @@ from conftest import write_photo
 from scott_sparse.data.dataset import DataConfig, open_data
 
 # Files; how many images to pretrain, train, validate and test on; first and last part of the start line.
-# `a=20`: twenty images in a; `a/*.heic=20`: twenty files of that name; `a/`: an empty folder.
+# `a=20`: twenty images in a; `a/*.cr2=20`: twenty files of that name; `a/`: an empty folder.
 LAYOUTS = [
     # train, valid, test
     ("train/a=20 train/b=20 valid/a=8 valid/b=8 test/a=8 test/b=8", "56 40 16 16", "72 images, 2 classes (a, b)"),
@@ -121,17 +121,17 @@ LAYOUTS = [
     ("a=20 b=20 c=1", "36 32 4 5", "41 images, 3 classes (a, b, c)"),
     # other files
     (
-        "a=20 b=20 a/*.heic=20 b/scan*=10 notes.txt labels.txt a/.hidden.png .DS_Store Thumbs.db",
+        "a=20 b=20 a/*.cr2=20 b/scan*=10 notes.txt labels.txt a/.hidden.png .DS_Store Thumbs.db",
         "35 31 4 5",
         "40 images, 2 classes (a, b)",
-        "34 files passed over (20 .heic, 10 without extension, 2 .txt, 1 .db, 1 hidden)",
+        "34 files passed over (20 .cr2, 10 without extension, 2 .txt, 1 .db, 1 hidden)",
     ),
     # a class of other files
     (
-        "a=20 b=20 c/*.heic=20",
+        "a=20 b=20 c/*.cr2=20",
         "35 31 4 5",
         "40 images, 2 classes (a, b)",
-        "20 files passed over (20 .heic), folders not used: c",
+        "20 files passed over (20 .cr2), folders not used: c",
     ),
     # annotations
     (
@@ -182,11 +182,11 @@ def test_layouts(layout, tmp_path):
 
 MISTAKES = [
     ("train/ test=3", r"no image in .*train; expected"),
-    ("train=3 Val/*.heic=9", r"no image in .*Val but 9 \.heic; expected files ending in \.jpg"),
+    ("train=3 Val/*.cr2=9", r"no image in .*Val but 9 \.cr2; expected files ending in \.apng"),
     ("val/a=3 test/a=3", r"holds test, val but no train; rename one"),
     ("a=3 b=3 c/", "class folder .*c holds no image"),
     ("train/a=3 train/b=3 train/c/ test/a=1", "class folder .*c holds no image"),
-    ("*.heic=20", r"no image in .* but 20 \.heic"),
+    ("*.cr2=20", r"no image in .* but 20 \.cr2"),
 ]
 
 
@@ -251,7 +251,7 @@ def test_labels_and_splits_from_a_table(table, tmp_path):
 def test_images_without_a_row_or_a_label_pretrain_only(tmp_path):
     """Of 26 images two have no row, and one each of the ways to write that a label is not known."""
     rows = [f"{i}.png,{i % 2 + 9}\n" for i in range(20)] + ["20.png,\n", "21.png,-1\n", "22.png,nan\n", "23.png\n"]
-    root = make(tmp_path / "x", "*.png=26 0.heic", {"l.csv": "image,label\n" + "".join(rows) + "0.heic,9\n"})
+    root = make(tmp_path / "x", "*.png=26 0.cr2", {"l.csv": "image,label\n" + "".join(rows) + "0.cr2,9\n"})
     data = opened(root, labels=root / "l.csv")
     assert data.classes == ("9", "10")  # in the order of numbers
     known = {*data.train.names, *data.val.names, *data.test.names}

@@ -7,7 +7,7 @@ CODE = """
 import importlib, os, pkgutil, warnings
 # What the library imports may change the process; that is not ours to prevent.
 import accelerate, cv2, filelock, matplotlib.figure, rich.progress, safetensors.torch, torch, torchvision, tyro
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 cv2.setNumThreads(3)
 torch.set_num_threads(2)

@@ -2,7 +2,7 @@
 
 import functools
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def hub_source(spec: str, *, label_column: str | None = None) -> Source:
         functools.partial(_picture, ConcatDataset(encoded), column),
         names,
         labels,
-        rename_lone_val(splits),
+        rename_lone_val(dict[str, Sequence[int]](splits)),
         classes,
         files=[Path(file["filename"]) for part in loaded.values() for file in part.cache_files],
         no_labels=f"column {label_column} holds no classes"

@@ -57,7 +57,10 @@ def test_a_run_on_photos(labelled, tmp_path):
     assert load_encoder(out)(torch.zeros(1, 3, 32, 32)).shape == (1, 16, 96)
     assert (out / "tokens.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((out / "recipe.json").read_text())["source"]["data"] == str(labelled)
-    assert said["data"]["images"] == {"all": 28, "pretrain": 20, "train": 17, "val": 3, "test": 8}
+    assert said["data"]["images"] == {
+        "all": 28, "pretrain": 20, "train": 17, "val": 3, "test": 8,
+        "unlabelled": 0, "unlabelled_test": 0,
+    }
     assert "28 images, 2 classes (a, b), pretrain 20, train 17, val 3, test 8" in printed
     assert said["data"]["protocol"] == "clean"
     assert 0 < said["input_share"] < 1 and "waited for input" in printed

@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import io
 import logging
+import math
 import stat
 import sys
 import warnings
@@ -86,7 +87,8 @@ def prepare_pillow() -> tuple[str, ...]:
     filters are not thread-safe: call this function before threads that decode are started.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    for reader in ("PIL", "tifffile"):
+        logging.getLogger(reader).setLevel(logging.CRITICAL)
     Image.init()
     with contextlib.suppress(ImportError):
         import pillow_heif
@@ -145,10 +147,9 @@ def open_picture(picture: Picture, selection: Selection) -> Image.Image | DeepPi
     tags = getattr(image, "tag_v2", {})
     planar_16_bit = tags.get(PLANAR) == SEPARATE_PLANES and max(tags[BITS_PER_SAMPLE]) == 16
     if UNSPECIFIED in tags.get(EXTRA_SAMPLES, ()) or planar_16_bit:  # Pillow would drop the band, or misread the planes
-        image.close()
-        return _open_tiff(picture, selection)
+        with image:  # closes a file, not bytes
+            return _open_tiff(picture, selection)
     if image.mode in ("LA", "RGBA") and not selection.bands and not _has_alpha(image, picture):
-        image.close()
         raise Unreadable(_choose_bands(len(image.getbands())))
     rawmode = _rawmode(image)
     if image.mode.startswith("I"):
@@ -247,6 +248,8 @@ def _open_tiff(picture: Path | io.BytesIO, selection: Selection) -> Image.Image 
         import tifffile
     except ImportError:
         raise Unreadable("a TIFF of more bands than Pillow reads: pip install 'scott-sparse[formats]'") from None
+    if isinstance(picture, io.BytesIO):
+        picture.seek(0)
     with tifffile.TiffFile(picture) as file:
         pages = len(file.pages)
         number = selection.page if pages > 1 else 0
@@ -257,10 +260,12 @@ def _open_tiff(picture: Path | io.BytesIO, selection: Selection) -> Image.Image 
             raise Image.DecompressionBombError
         count, tags = page.samplesperpixel, {tag.code: tag.value for tag in page.tags}
         if (page.photometric, count, *page.extrasamples) not in _COLOURS and not (count > 1 and selection.bands):
-            raise Unreadable(_choose_bands(count) if count > 1 else f"a TIFF of colours {int(page.photometric)}")
+            raise Unreadable(_choose_bands(count) if count > 1 else f"a TIFF of colours {page.photometric}")
+        if getattr(page.dtype, "kind", "") not in ("u", "i") or page.ndim != min(count, 2) + 1:
+            raise Unreadable(f"pixels of type {page.dtype} and shape {page.shape}, expected integers")
+        if len(page.dataoffsets) < math.prod(page.chunked):  # tifffile would make up millions of strips
+            raise Unreadable("damaged: the file has fewer strips or tiles of pixels than it says")
         values = page.asarray()
-    if values.ndim != min(count, 2) + 1 or values.dtype.kind not in "ui":
-        raise Unreadable(f"pixels of type {values.dtype}, expected integers")
     if count > 1:
         planes = list(values if page.planarconfig == SEPARATE_PLANES else np.moveaxis(values, 2, 0))
         planes = selection.of(planes) if selection.bands else planes

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFile, TiffImagePlugin
+from PIL import Image, ImageFile
 
 Picture = Path | io.BytesIO | Image.Image
 # Formats of photo collections. Pillow knows others, some of which start a program (EPS) or fetch a URL.
@@ -149,7 +149,7 @@ def open_picture(picture: Picture, selection: Selection) -> Image.Image | DeepPi
     if UNSPECIFIED in tags.get(EXTRA_SAMPLES, ()) or planar_16_bit:  # Pillow would drop the band, or misread the planes
         with image:  # closes a file, not bytes
             return _open_tiff(picture, selection)
-    if image.mode in ("LA", "RGBA") and not selection.bands and not _has_alpha(image, picture):
+    if image.mode in ("LA", "RGBA") and not selection.bands and not _has_alpha(image, tags, picture):
         raise Unreadable(_choose_bands(len(image.getbands())))
     rawmode = _rawmode(image)
     if image.mode.startswith("I"):
@@ -196,10 +196,10 @@ def _choose_bands(count: int) -> str:
     return f"{count} bands, not grey, RGB or with alpha as the file says: name one or three, as in --bands 0 1 2"
 
 
-def _has_alpha(image: Image.Image, picture: Path | io.BytesIO) -> bool:
+def _has_alpha(image: Image.Image, tags: Any, picture: Path | io.BytesIO) -> bool:
     """Whether the file says that its last band is alpha; of the formats here, two may hold any four bands."""
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        return bool(image.tag_v2.get(EXTRA_SAMPLES))
+    if image.format == "TIFF":
+        return bool(tags.get(EXTRA_SAMPLES))
     if image.format == "JPEG2000":  # the box cdef: a count, then number, type and association of each channel
         header = _first_bytes(picture, 2**16).partition(b"jp2c")[0]
         definitions = np.frombuffer(header.partition(b"cdef")[2][2 : 2 + 6 * len(image.getbands())], ">u2")

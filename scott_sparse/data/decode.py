@@ -71,8 +71,8 @@ def largest_value(picture: Picture, selection: Selection) -> int:
         if isinstance(image, DeepPixels):
             colours = image.values[..., :3] if image.values.ndim == 3 else image.values
             return max(int(colours.max()), image.stated)
-        image.close()
-        return 0
+        with image:
+            return 0
 
 
 def bits_for(largest: int) -> int:

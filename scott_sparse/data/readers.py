@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import io
 import logging
+import math
 import stat
 import sys
 import warnings
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFile, TiffImagePlugin
+from PIL import Image, ImageFile
 
 Picture = Path | io.BytesIO | Image.Image
 # Formats of photo collections. Pillow knows others, some of which start a program (EPS) or fetch a URL.
@@ -86,7 +87,8 @@ def prepare_pillow() -> tuple[str, ...]:
     filters are not thread-safe: call this function before threads that decode are started.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+    for reader in ("PIL", "tifffile"):
+        logging.getLogger(reader).setLevel(logging.CRITICAL)
     Image.init()
     with contextlib.suppress(ImportError):
         import pillow_heif
@@ -145,10 +147,9 @@ def open_picture(picture: Picture, selection: Selection) -> Image.Image | DeepPi
     tags = getattr(image, "tag_v2", {})
     planar_16_bit = tags.get(PLANAR) == SEPARATE_PLANES and max(tags[BITS_PER_SAMPLE]) == 16
     if UNSPECIFIED in tags.get(EXTRA_SAMPLES, ()) or planar_16_bit:  # Pillow would drop the band, or misread the planes
-        image.close()
-        return _open_tiff(picture, selection)
-    if image.mode in ("LA", "RGBA") and not selection.bands and not _has_alpha(image, picture):
-        image.close()
+        with image:  # closes a file, not bytes
+            return _open_tiff(picture, selection)
+    if image.mode in ("LA", "RGBA") and not selection.bands and not _has_alpha(image, tags, picture):
         raise Unreadable(_choose_bands(len(image.getbands())))
     rawmode = _rawmode(image)
     if image.mode.startswith("I"):
@@ -195,10 +196,10 @@ def _choose_bands(count: int) -> str:
     return f"{count} bands, not grey, RGB or with alpha as the file says: name one or three, as in --bands 0 1 2"
 
 
-def _has_alpha(image: Image.Image, picture: Path | io.BytesIO) -> bool:
+def _has_alpha(image: Image.Image, tags: Any, picture: Path | io.BytesIO) -> bool:
     """Whether the file says that its last band is alpha; of the formats here, two may hold any four bands."""
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        return bool(image.tag_v2.get(EXTRA_SAMPLES))
+    if image.format == "TIFF":
+        return bool(tags.get(EXTRA_SAMPLES))
     if image.format == "JPEG2000":  # the box cdef: a count, then number, type and association of each channel
         header = _first_bytes(picture, 2**16).partition(b"jp2c")[0]
         definitions = np.frombuffer(header.partition(b"cdef")[2][2 : 2 + 6 * len(image.getbands())], ">u2")
@@ -247,6 +248,8 @@ def _open_tiff(picture: Path | io.BytesIO, selection: Selection) -> Image.Image 
         import tifffile
     except ImportError:
         raise Unreadable("a TIFF of more bands than Pillow reads: pip install 'scott-sparse[formats]'") from None
+    if isinstance(picture, io.BytesIO):
+        picture.seek(0)
     with tifffile.TiffFile(picture) as file:
         pages = len(file.pages)
         number = selection.page if pages > 1 else 0
@@ -257,10 +260,12 @@ def _open_tiff(picture: Path | io.BytesIO, selection: Selection) -> Image.Image 
             raise Image.DecompressionBombError
         count, tags = page.samplesperpixel, {tag.code: tag.value for tag in page.tags}
         if (page.photometric, count, *page.extrasamples) not in _COLOURS and not (count > 1 and selection.bands):
-            raise Unreadable(_choose_bands(count) if count > 1 else f"a TIFF of colours {int(page.photometric)}")
+            raise Unreadable(_choose_bands(count) if count > 1 else f"a TIFF of colours {page.photometric}")
+        if getattr(page.dtype, "kind", "") not in ("u", "i") or page.ndim != min(count, 2) + 1:
+            raise Unreadable(f"pixels of type {page.dtype} and shape {page.shape}, expected integers")
+        if len(page.dataoffsets) < math.prod(page.chunked):  # tifffile would make up millions of strips
+            raise Unreadable("damaged: the file has fewer strips or tiles of pixels than it says")
         values = page.asarray()
-    if values.ndim != min(count, 2) + 1 or values.dtype.kind not in "ui":
-        raise Unreadable(f"pixels of type {values.dtype}, expected integers")
     if count > 1:
         planes = list(values if page.planarconfig == SEPARATE_PLANES else np.moveaxis(values, 2, 0))
         planes = selection.of(planes) if selection.bands else planes

@@ -181,3 +181,11 @@ def test_mistakes(tmp_path):
     (tmp_path / "text" / "train.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="expected a split train with a column of images"):
         source_of(tmp_path / "text")
+
+
+def test_images_without_labels_pretrain_and_are_in_no_probe(tmp_path):
+    root = write(tmp_path / "set", feature=XY, train=[0, 1, None] * 10, validation=[0, -1], test=[1, 0, None])
+    data = open_data(DataConfig(data=f"hf:{root}", cache_dir=tmp_path), short_side=8)
+    assert len(data.pretrain) == 30 + 2 + 1
+    for part, count in ((data.train, 20), (data.val, 1), (data.test, 2)):
+        assert len(part) == count and part.labels.min() >= 0

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from scott_sparse.data.dataset import DataConfig, UnreadableImages, open_data
-from scott_sparse.data.readers import picture_extensions, prepare_pillow
+from scott_sparse.data.decode import decode
+from scott_sparse.data.readers import Selection, Unreadable, picture_extensions, prepare_pillow
 from scott_sparse.data.sources import folder_source
 
 ICC = 34675  # the tag of a TIFF
@@ -263,6 +264,21 @@ def test_first_pixel(case, cache, tmp_path):
     assert images_of(config)[0][0, 0] == pytest.approx(expected, abs=2)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_are_read_as_files(case, tmp_path):
+    """As pictures of a Hub set are."""
+    name, data, _, *flags = CASES[case]
+    data = data() if callable(data) else data
+    (tmp_path / name).write_bytes(data)
+    results = []
+    for picture in (tmp_path / name, io.BytesIO(data)):
+        try:
+            results.append(decode(picture, 64, Selection(**(flags[0] if flags else {}))).tolist())
+        except Unreadable as reason:
+            results.append(str(reason))
+    assert results[0] == results[1]
+
+
 def images_of(config):
     images = open_data(config, short_side=64).pretrain
     return [images.read(row).astype(int) for row in images.rows.tolist()]
@@ -345,3 +361,11 @@ def test_without_plugins_their_files_are_passed_over(tmp_path, monkeypatch):
     with pytest.raises(UnreadableImages, match=r"d\.tif: .*pip install 'scott-sparse\[formats\]'"):
         open_data(DataConfig(data=str(root), cache_dir=tmp_path), short_side=64)
     prepare_pillow.cache_clear(), picture_extensions.cache_clear()
+
+
+def test_a_damaged_tiff_of_many_bands_is_refused_at_once():
+    """tifffile would fill in millions of strips that the file does not have."""
+    pytest.importorskip("tifffile")
+    damaged = tiff(SIX).replace(struct.pack("<HHII", 257, 4, 1, 8), struct.pack("<HHII", 257, 4, 1, 8_000_000))
+    with pytest.raises(Unreadable, match="damaged: the file has fewer strips"):
+        decode(io.BytesIO(damaged), 64, Selection(bands=(0,)))

@@ -58,8 +58,13 @@ def test_a_run_on_photos(labelled, tmp_path):
     assert (out / "tokens.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((out / "recipe.json").read_text())["source"]["data"] == str(labelled)
     assert said["data"]["images"] == {
-        "all": 28, "pretrain": 20, "train": 17, "val": 3, "test": 8,
-        "unlabelled": 0, "unlabelled_test": 0,
+        "all": 28,
+        "pretrain": 20,
+        "train": 17,
+        "val": 3,
+        "test": 8,
+        "unlabelled": 0,
+        "unlabelled_test": 0,
     }
     assert "28 images, 2 classes (a, b), pretrain 20, train 17, val 3, test 8" in printed
     assert said["data"]["protocol"] == "clean"

@@ -189,9 +189,9 @@ def _write(
             if isinstance(picture, str):
                 unreadable[i] = picture
                 continue
-            pixels, digests[i], said = picture
+            pixels, digests[i], picture_notes = picture
             sizes[i] = torch.tensor(pixels.shape[:2])
-            notes.update(said)
+            notes.update(picture_notes)
             if keep_pixels:
                 file.write(pixels.data)
         length = file.tell()

@@ -166,9 +166,9 @@ def image_files(folder: Path, skipped: Skipped | None = None, ancestors: frozens
         if path.is_dir():
             inside = Skipped(skipped.files)
             searched = not hidden and path.name.lower() not in SYSTEM_FOLDERS
-            found = image_files(path, inside, ancestors | {folder_id}) if searched else []
-            skipped.folders.update(inside.folders if found else {path: 0})
-            files += found
+            images = image_files(path, inside, ancestors | {folder_id}) if searched else []
+            skipped.folders.update(inside.folders if images else {path: 0})
+            files += images
         elif is_picture_file(path) and not hidden:  # dangling links and pipes too: decoding reports them
             files.append(path)
         elif is_picture_file(path) or not hidden:

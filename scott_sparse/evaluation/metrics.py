@@ -8,7 +8,7 @@ import torch
 
 from scott_sparse.shapes import Float, Int, Tensor
 
-TOP = 5
+TOP_K = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +50,14 @@ def score(logits: Float[Tensor, "n K"], labels: Int[Tensor, " n"]) -> Scores:
     own = logits.gather(1, labels[:, None])
     first_wins = (logits == own) & (torch.arange(classes) < labels[:, None])
     rank = ((logits > own) | first_wins).sum(1)
-    top5_correct = int(((rank < TOP) & (own[:, 0] > -math.inf)).sum())
+    top5_correct = int(((rank < TOP_K) & (own[:, 0] > -math.inf)).sum())
     recall = 100 * correct / counts.clamp(min=1)
     total = int(correct.sum())
     return Scores(
         n=n,
         top1=100 * total / n,
         top1_interval=wilson(total, n),
-        top5=100 * top5_correct / n if classes > TOP else None,
+        top5=100 * top5_correct / n if classes > TOP_K else None,
         mean_per_class=recall[counts > 0].mean().item(),
         per_class=[rate if count else None for rate, count in zip(recall.tolist(), counts.tolist())],
         confusion=confusion.tolist(),

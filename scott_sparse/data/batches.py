@@ -5,6 +5,7 @@ not change a run, and a run resumes at any step without the state of a generator
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -72,10 +73,23 @@ class Batches(Dataset):
 
 def load(batches: Dataset, steps: range, *, workers: int, pin: bool) -> Iterator:
     """The items of some steps in order, prepared ahead by `workers` processes, or on demand by this one if 0."""
-    generator = torch.Generator()  # else DataLoader draws its workers' seed, unused here, from the global generator
     return iter(
-        DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers, pin_memory=pin, generator=generator)
+        DataLoader(
+            batches,
+            batch_size=None,
+            sampler=steps,
+            num_workers=workers,
+            pin_memory=pin,
+            worker_init_fn=_ignore_stop_signals,
+            generator=torch.Generator(),  # else the workers' seed, unused here, is drawn from the global generator
+        )
     )
+
+
+def _ignore_stop_signals(_: int) -> None:
+    """Schedulers signal the whole process group; a run needs its workers for the step after which it saves and ends."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def default_workers(*, streamed: bool, on_gpu: bool) -> int:

@@ -151,6 +151,22 @@ def test_a_second_interrupt_ends_at_once(tmp_path, labelled, clean_environment):
         assert process.wait(10) == -signal.SIGINT
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_process_group_reaches_no_worker(number, tmp_path, labelled, clean_environment):
+    """What schedulers such as SLURM do: workers and the run get the signal at the same time."""
+    out = tmp_path / "run"
+    flags = [*FLAGS, "--data", labelled, "--cache", "none", "--workers", 2, "--epochs", 4000, "--out", out]
+    command = [sys.executable, "train/pretrain.py", *map(str, flags), "--cache-dir", str(tmp_path / "cache")]
+    process = subprocess.Popen(command, cwd=ROOT, env=clean_environment, start_new_session=True, stderr=subprocess.PIPE)
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 75 and b"Traceback" not in message, message
+    assert steps_kept(out)
+
+
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 LAUNCHED = {  # processes, script, environment
     "one": (1, "train/pretrain.py", {}),

@@ -72,13 +72,14 @@ def decode_once(
     words, code = re.sub(r"[^A-Za-z0-9]+", "-", title)[-40:].strip("-"), _digest(repr(settings).encode()).hex()[:8]
     path = folder / f"{words}-{short_side}-{code}.images"
     try:  # an OSError of the source is not an OSError here: see `_picture`
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # one process decodes, the others wait and then find its file
-            index = _read_index(path, fingerprint)
-            if index is None:
-                _write(path, source, title, short_side, selection, keep_pixels, fingerprint)
-                index = _read_index(path, fingerprint)
-                assert index is not None
+        index = _read_index(path, fingerprint)  # without a lock: a current file may be in a folder that is read-only
+        if index is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock"):  # one process decodes, the others wait and then find its file
+                if (index := _read_index(path, fingerprint)) is None:
+                    _write(path, source, title, short_side, selection, keep_pixels, fingerprint)
+                    index = _read_index(path, fingerprint)
+            assert index is not None
     except OSError as error:
         raise ValueError(
             f"decoded images cannot be kept in {folder}: {error.strerror or error}; make room, name another "

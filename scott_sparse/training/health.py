@@ -17,6 +17,7 @@ from scott_sparse.shapes import Float, Tensor
 
 PATIENCE_REPORTS = 3  # without an improvement, until a run is called stalled
 COLLAPSED_SHARE = 1 / 4  # of the highest RankMe so far
+EQUAL_STD = 1e-3  # of unit-length features times the root of their width: an untrained encoder has .2 to .4
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,15 @@ def ema_distance(target: nn.Module, encoder: nn.Module) -> float:
 def verdict(reports: Sequence[Health]) -> str:
     """Either "starting", "learning", or "stalled" or "collapsing" with the reason, in one line.
 
-    Collapsing: RankMe is below a quarter of its highest value in this run. Stalled: in the last three reports nothing
-    has improved: neither k-NN by its standard error, nor LiDAR or the loss by one per cent.
+    Collapsing: the features of all images are equal, or RankMe is below a quarter of its highest value in this run.
+    Stalled: in the last three reports neither k-NN has improved by its standard error, nor LiDAR or the loss by one per
+    cent.
     """
     now, highest = reports[-1], max(reports, key=lambda report: report.rankme)
     if now.rankme < COLLAPSED_SHARE * highest.rankme:
         return f"collapsing: RankMe fell from {highest.rankme:.0f} to {now.rankme:.0f}"
+    if now.std < EQUAL_STD:
+        return f"collapsing: the features of all images are equal (standard deviation {now.std:.2g})"
     earlier, recent = reports[:-PATIENCE_REPORTS], reports[-PATIENCE_REPORTS:]
     if not earlier:
         return "learning" if len(reports) > 1 else "starting"

@@ -32,6 +32,20 @@ def counted(monkeypatch):
     return seen
 
 
+def test_a_current_file_needs_no_lock(photos, tmp_path, counted, monkeypatch):
+    """It may lie in a folder that is read-only, or another user's."""
+    root = photos({"a": 2})
+    decode_folder(root, tmp_path / "kept")
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(cache, "FileLock", refuse)
+    assert len(decode_folder(root, tmp_path / "kept")) == 2 and len(counted) == 2
+    with pytest.raises(ValueError, match=r"cannot be kept in .*Permission denied"):
+        decode_folder(root, tmp_path / "other")
+
+
 def test_what_is_kept_is_what_was_decoded(photos, tmp_path, counted):
     root = photos({"a": 3, "b": 2})
     first = decode_folder(root, tmp_path / "kept")

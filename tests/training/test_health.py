@@ -59,6 +59,7 @@ def history(**numbers):
     "series, expected",
     [
         ({"rankme": [180.0]}, "starting"),
+        ({"std": [0.0]}, "collapsing: the features of all images are equal (standard deviation 0)"),
         ({"rankme": [180.0, 100.0]}, "learning"),
         ({"rankme": [60.0, 180.0, 90.0, 12.0]}, "collapsing: RankMe fell from 180 to 12"),
         ({"loss": [1.0, 0.9, 0.8, 0.7, 0.6]}, "learning"),

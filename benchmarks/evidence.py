@@ -106,15 +106,14 @@ def run_cell(bench: Bench, cell: str, seed: int) -> None:
     out = Path("runs/evidence", re.sub(r"[^\w.-]+", "-", f"{bench.name}-{seed}-{cell}"))
     train = ["demo" if bench.data == "petals" else "small-data", "--data", bench.data, "--seed", seed, "--out", out]
     length = ["--epochs", bench.epochs, "--batch-size", bench.batch_size]
-    init = []
+    is_trained = (out / "summary.json").exists()  # a cell whose probes were cut short
+    init = {"pixels": ["--init", "pixels"], "untrained": ["--init", "random"]}.get(cell, [])
     try:
-        if cell == "supervised":
+        if cell == "supervised" and not is_trained:
             script("benchmarks/supervised.py", *train, *length)
-        elif cell in CHANGES:
-            script("train/pretrain.py", *train, *length, "--report-every", 0, *CHANGES[cell])
-        else:  # a baseline needs a run folder for image size, model and seed only
-            script("train/pretrain.py", *train, "--epochs", 0.001, "--report-every", 0)
-            init = ["--init", "pixels" if cell == "pixels" else "random"]
+        elif not is_trained:  # a baseline needs a run folder for image size, model and seed only
+            length = ["--epochs", 0.001] if init else length
+            script("train/pretrain.py", *train, *length, "--report-every", 0, *CHANGES.get(cell, ()))
         row = {"bench": bench.name, "cell": cell, "seed": seed}
         for probe in ("knn", "linear"):
             script(f"eval/{probe}.py", out, "--data", bench.data, *init)

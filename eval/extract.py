@@ -29,9 +29,10 @@ def main(config: ExtractConfig) -> None:
     encoder = open_encoder(config)
     data = open_data(config.source, short_side=short_side_for(encoder.size))
     parts = [data.pretrain]
-    if data.test is not None:  # under the paper protocol `pretrain` holds it already
-        rest = (~torch.isin(data.test.rows, data.pretrain.rows)).nonzero()[:, 0]
-        parts += [data.test[rest]] if len(rest) else []
+    for test in (data.test, data.unlabelled_test):
+        if test is not None:  # under the paper protocol `pretrain` holds it already
+            rest = (~torch.isin(test.rows, data.pretrain.rows)).nonzero()[:, 0]
+            parts += [test[rest]] if len(rest) else []
     how = {"size": encoder.size, "tokens": config.patches, "workers": config.workers}
     export_features(config.file, encoder.model, parts, **how)
 

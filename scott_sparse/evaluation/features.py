@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch.utils.data import Dataset
 
 from scott_sparse.data.batches import load
-from scott_sparse.data.dataset import Images
+from scott_sparse.data.images import Images
 from scott_sparse.data.views import ViewConfig, center_crop_boxes, draw_views, resize
 from scott_sparse.distributed import process_state
 from scott_sparse.evaluation.encoders import ImageEncoder

@@ -292,6 +292,16 @@ def test_extract(run_folder, photos_folder, tmp_path, capsys):
     assert "embeddings (96, 32)" in capsys.readouterr().out
 
 
+def test_unlabelled_test_images_are_extracted(run_folder, tmp_path):
+    root = tmp_path / "photos"
+    for name in (*(f"train/{label}/{i}" for label in "ab" for i in range(4)), "test/0", "test/1"):
+        write_photo(root / f"{name}.png", 20, 24)
+    file, source = tmp_path / "features.safetensors", DataConfig(data=str(root), cache_dir=tmp_path)
+    extract.main(extract.ExtractConfig(run=str(run_folder), source=source, file=file))
+    with safe_open(file, "pt") as opened:
+        assert {"test/0.png", "test/1.png"} <= set(json.loads(opened.metadata()["names"]))
+
+
 def test_table(run_folder, photos_folder, tmp_path, capsys):
     for script in ("fewshot", "knn"):
         evaluate(script, run_folder, photos_folder, tmp_path)

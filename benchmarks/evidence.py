@@ -1,14 +1,15 @@
-"""What each part of the recipe contributes: one part changed at a time, several seeds, frozen probes, clean protocol.
+"""Which recipe gains, and on which kind of images? Six sets, three frozen probes, each against the untrained encoder.
 
-    python benchmarks/evidence.py petals
-    python benchmarks/evidence.py PHOTOS --epochs 6                            # a folder of class folders
-    python benchmarks/evidence.py PHOTOS --epochs 24 --batch-size 64 --only "the recipe" supervised
+    python benchmarks/evidence.py --sets DIR                                   # the first cells, on all six sets
+    python benchmarks/evidence.py --sets DIR --only "without MIM-JEPA" --on grocery160 fashion12k --seeds 0 1 2
+    python benchmarks/evidence.py --sets DIR --only "published objective" --on grocery160 --images 880000 --points 10
     python benchmarks/evidence.py --tables                                     # of what has been run already
 
-Every cell trains with train/pretrain.py (or benchmarks/supervised.py) and is judged by eval/knn.py and eval/linear.py,
-each in a process of its own with one thread; `--jobs` cells run side by side. All cells of a bench see the same number
-of images. A finished cell is one line of benchmarks/runs/evidence.jsonl and is not run again; a cell that was killed
-continues from its checkpoint. At the end: tables on the terminal and one figure in benchmarks/figures/.
+DIR holds the folders grocery160, imagenette160, cifar12k, fashion12k and pets_sample; petals are drawn. A cell trains
+with train/pretrain.py (or benchmarks/supervised.py) and is judged by eval/knn.py, eval/linear.py and eval/attentive.py,
+each in a process of its own with one thread. All cells of a bench see the same number of images, counted with
+repetition. A finished cell is one line of benchmarks/runs/evidence.jsonl and is not run again; a cell that was killed
+continues from its checkpoint. Clean protocol: every setting is chosen on val, test is read once by the choice.
 """
 
 import concurrent.futures
@@ -20,6 +21,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -30,106 +32,171 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "benchmarks" / "runs" / "evidence.jsonl"
 FIGURES = ROOT / "benchmarks" / "figures"
 
-# Name of a cell: flags that differ from the recipe. Baselines have no flags of their own.
+SETS = {  # name: what tells its classes apart, and the flags that open it
+    "grocery160": ("colour", ("--data", "{sets}/grocery160")),
+    "imagenette160": ("objects", ("--data", "{sets}/imagenette160")),
+    "cifar12k": ("objects", ("--data", "{sets}/cifar12k")),
+    "fashion12k": ("outline, grey", ("--data", "{sets}/fashion12k")),
+    "petals": ("geometry", ("--data", "petals", "--image-size", "48")),
+    "pets_sample": ("few, fine-grained", ("--data", "pets37", "--data-root", "{sets}/pets_sample")),
+}
 BASELINES = ("pixels", "untrained", "supervised")
-CHANGES = {
-    "the recipe": (),
+ONE_GROUP = ("--plain-share", "0", "--crop-scale", ".2", "1")
+RECIPES = {  # name of a cell: flags that differ from small-data
+    "small-data": (),
+    "plain crops only": ("--colour", "0", *ONE_GROUP),
+    "coloured crops only": ONE_GROUP,
     "without MIM-JEPA": ("--mim-weight", "0"),
-    "MIM-JEPA alone": ("--cross-crop-weight", "0", "--crops", "1"),
     "SIGReg for NT-Xent": ("--cross-crop-loss", "sigreg", "--cross-crop-weight", "1"),
     "patch embedding": ("--tokenizer", "patch"),
-    "context all": ("--context", "all"),
-    "uniform masks": ("--mask-shape", "uniform"),
-    "half hidden": ("--hide-ratio", "0.5"),
-    "four crops": ("--crops", "4"),
-    "EMA .996 to 1": ("--ema-momentum", "0.996", "1.0"),
-    "the paper's colours": ("--colour", ".6", "--jitter", ".4", ".4", ".2", ".1", "--jitter-p", ".8", "--grey", ".1"),
-    # More compute for the same images.
-    "ten crops": ("--crops", "10"),
-    "twenty crops": ("--crops", "20"),
 }
-CELLS = (*BASELINES, *CHANGES)
-MEASURES = ("knn_val", "knn_test", "linear_val", "linear_test")
+# The published recipe at this size; epochs are set by --images.
+PUBLISHED = ("--image-size", "64", "--patch-size", "8", "--size", "demo", "--stem-width", "32")
+CELLS = (*BASELINES, *RECIPES, "published objective")
+PROBES = {"knn": (), "linear": (), "attentive": ("--epochs", "30")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    data: tyro.conf.Positional[str | None] = None
-    """petals, or a folder of photos; not needed with --tables."""
-    epochs: float = 3.0
-    """Length of every cell."""
-    batch_size: int = 32
-    """Images per optimizer step. Learning rates follow the batch size."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    sets: Path | None = None
+    """Folder that holds the five sets of photos; not needed with --tables."""
+    only: tuple[str, ...] = (*BASELINES, "small-data", "plain crops only")
+    """Cells by name."""
+    on: tuple[str, ...] = tuple(SETS)
+    """Sets by name."""
+    images: int = 70_000
+    """Images that every cell sees, counted with repetition; 70,000 are about ten CPU minutes of small-data."""
+    points: int = 1
+    """Probe the encoder at so many equally spaced checkpoints of the run, the last of which is its end."""
+    seeds: tuple[int, ...] = (0,)
     """Each cell runs once per seed; the first seed of all cells comes before the second of any."""
-    only: tuple[str, ...] = CELLS[:-2]
-    """Cells by name; the default is all but those with ten and twenty crops."""
     jobs: int = 2
     """Cells that run side by side, each on one thread."""
     tables: bool = False
     """Print tables and draw figures of all finished cells, and run none."""
 
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One training run and its probes."""
+
+    name: str
+    set: str
+    seed: int
+    images: int
+    points: int
+
     @property
-    def name(self) -> str:
-        return f"{Path(self.data or '').name}-{self.epochs:g}-{self.batch_size}"
+    def key(self) -> dict:
+        """What its rows have in common; a baseline that is not trained has no length."""
+        return {
+            "set": self.set,
+            "cell": self.name,
+            "seed": self.seed,
+            "images": self.images if self.is_trained else 0,
+        }
+
+    @property
+    def is_trained(self) -> bool:
+        return self.name not in ("pixels", "untrained")
 
 
 def main() -> None:
     bench = tyro.cli(Bench)
-    if unknown := set(bench.only) - set(CELLS):
-        sys.exit(f"error: unknown cells {sorted(unknown)}; expected some of: {', '.join(CELLS)}.")
-    if bench.tables:
-        names = dict.fromkeys(row["bench"] for row in finished())
-    elif bench.data:
-        names = (bench.name,)
-        todo = [
-            (cell, seed) for seed in bench.seeds for cell in bench.only if cell != "pixels" or seed == bench.seeds[0]
+    for given, known in ((bench.only, CELLS), (bench.on, tuple(SETS))):
+        if unknown := set(given) - set(known):
+            sys.exit(f"error: unknown {sorted(unknown)}; expected some of: {', '.join(known)}.")
+    if bench.sets is None and not bench.tables:
+        sys.exit("error: name the folder of the sets (--sets DIR), or pass --tables.")
+    if not bench.tables:
+        cells = [
+            Cell(name, on, seed, bench.images, bench.points)
+            for seed in bench.seeds
+            for on in bench.on
+            for name in bench.only
+            if name != "pixels" or seed == bench.seeds[0]
         ]
-        done = {(row["cell"], row["seed"]) for row in finished() if row["bench"] == bench.name}
+        done = [{key: row[key] for key in ("set", "cell", "seed", "images")} for row in finished()]
         with concurrent.futures.ThreadPoolExecutor(bench.jobs) as pool:
-            list(pool.map(lambda cell: run_cell(bench, *cell), (cell for cell in todo if cell not in done)))
-    else:
-        sys.exit("error: name the data (petals or a folder of photos), or pass --tables.")
-    for name in names:
-        rows = [row for row in finished() if row["bench"] == name]
-        print("\n".join(["", *table(name, rows)]))
-        if len({row["cell"] for row in rows}) > 4:
-            draw(name, rows)
+            list(pool.map(lambda cell: run_cell(bench, cell), (cell for cell in cells if cell.key not in done)))
+    print("\n".join(tables(finished())))
+    draw_curves(finished())
 
 
 def finished() -> list[dict]:
     return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
 
 
-def run_cell(bench: Bench, cell: str, seed: int) -> None:
-    """Train, probe, append one line to the file; a cell that fails is named and the others go on."""
-    out = Path("runs/evidence", re.sub(r"[^\w.-]+", "-", f"{bench.name}-{seed}-{cell}"))
-    train = ["demo" if bench.data == "petals" else "small-data", "--data", bench.data, "--seed", seed, "--out", out]
-    length = ["--epochs", bench.epochs, "--batch-size", bench.batch_size]
-    is_trained = (out / "summary.json").exists()  # a cell whose probes were cut short
-    init = {"pixels": ["--init", "pixels"], "untrained": ["--init", "random"]}.get(cell, [])
+def run_cell(bench: Bench, cell: Cell) -> None:
+    """Train, probe, append one line a point to the file; a cell that fails is named and the others go on."""
+    out = Path("runs/evidence", re.sub(r"[^\w.-]+", "-", "-".join(map(str, cell.key.values()))))
+    data = [flag.format(sets=bench.sets) for flag in SETS[cell.set][1]]
+    source = data[: data.index("--image-size")] if "--image-size" in data else data  # probes know the size
     try:
-        if cell == "supervised" and not is_trained:
-            script("benchmarks/supervised.py", *train, *length)
-        elif not is_trained:  # a baseline needs a run folder for image size, model and seed only
-            length = ["--epochs", 0.001] if init else length
-            script("train/pretrain.py", *train, *length, "--report-every", 0, *CHANGES.get(cell, ()))
-        row = {"bench": bench.name, "cell": cell, "seed": seed}
-        for probe in ("knn", "linear"):
-            script(f"eval/{probe}.py", out, "--data", bench.data, *init)
-            result = json.loads(max(Path(out, "eval").glob(f"{probe}-*.json"), key=os.path.getmtime).read_text())
+        rows = train_and_probe(cell, out, data, source)
+    except subprocess.CalledProcessError as error:
+        print(f"{out.name} failed: {error.cmd[1:3]}\n{error.stdout[-1000:]}\n{error.stderr[-2000:]}", flush=True)
+        return
+    with RUNS.open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    print(*map(json.dumps, rows), sep="\n", flush=True)
+    shutil.rmtree(out)
+
+
+def train_and_probe(cell: Cell, out: Path, data: list[str], source: list[str]) -> list[dict]:
+    """The rows of a cell, one a point. Raises CalledProcessError where a script fails."""
+    name, changes = "small-data", RECIPES.get(cell.name, ())
+    if cell.name == "published objective":
+        name, data = "flowers102", [*PUBLISHED, *data]
+    flags = [name, *data, "--seed", cell.seed, "--out", out]
+    summary = out / "summary.json"  # there where the probes of a cell were cut short
+    if not summary.exists() and not cell.is_trained:  # a baseline needs a run folder for size, model and seed only
+        script("train/pretrain.py", *flags, "--epochs", 0.001, "--batch-size", 8, "--report-every", 0)
+    elif not summary.exists():
+        epochs, steps = length(cell, source)
+        kept = max(steps // cell.points, 1)
+        keep = ["--save-every", kept, "--keep-every", kept] if cell.points > 1 else []
+        warmup = ["--warmup-epochs", 40 / 300 * epochs] if cell.name == "published objective" else []
+        run = "benchmarks/supervised.py" if cell.name == "supervised" else "train/pretrain.py"
+        script(run, *flags, "--epochs", epochs, "--report-every", 0, *keep, *warmup, *changes)
+    init = {"pixels": ["--init", "pixels"], "untrained": ["--init", "random"]}.get(cell.name, [])
+    about = json.loads(summary.read_text())
+    rows = []
+    for point, steps in points(out, cell):
+        row = {**cell.key, "at": round(cell.images * steps / max(about["steps"], 1)) if steps else cell.key["images"]}
+        for probe, settings in PROBES.items():
+            script(f"eval/{probe}.py", point, *source, *init, *settings)
+            result = json.loads(max(Path(point, "eval").glob(f"{probe}-*.json"), key=os.path.getmtime).read_text())
             row |= {f"{probe}_{role}": result[role]["top1"] for role in ("val", "test")}
             row |= {f"{probe}_choice": result["choice"], "commit": result["commit"]}
-    except subprocess.CalledProcessError as error:
-        print(f"{cell}, seed {seed} failed: {' '.join(map(str, error.cmd))}\n{error.stderr[-2000:]}", flush=True)
-        return
-    summary = {} if init else json.loads((out / "summary.json").read_text())
-    row |= {key: summary.get(key) for key in ("train_seconds", "steps")}
-    row |= {"precision": precision(), "flags": CHANGES.get(cell, ()), "torch": torch.__version__}
-    with RUNS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row), flush=True)
-    shutil.rmtree(out)
+        row |= {"cpu_seconds": about.get("cpu_seconds"), "steps": about["steps"]} if cell.is_trained else {}
+        rows.append({**row, "precision": precision(), "flags": changes, "torch": torch.__version__})
+    return rows
+
+
+def length(cell: Cell, source: list[str]) -> tuple[float, int]:
+    """Epochs and optimizer steps in batches of 64 that see `cell.images` images."""
+    from scott_sparse.data.dataset import DataConfig, open_data
+    from scott_sparse.training.recipe import parse
+
+    _, recipe = parse(["small-data", *source])
+    assert isinstance(recipe.source, DataConfig)
+    count = len(open_data(recipe.source, short_side=128).pretrain)
+    steps = round(cell.images / recipe.batch_size)
+    return steps / (count // recipe.batch_size), steps
+
+
+def points(out: Path, cell: Cell) -> list[tuple[Path, int | None]]:
+    """Run folders to probe with the optimizer steps done: kept checkpoints of the target encoder, then the run's end."""
+    found: list[tuple[Path, int | None]] = []
+    for checkpoint in sorted(out.glob("checkpoints/step-*"))[: cell.points - 1] if cell.points > 1 else []:
+        folder = out / f"at-{checkpoint.name}"
+        folder.mkdir(exist_ok=True)
+        for name in ("encoder.json", "recipe.json", "summary.json", "pretrain_images.safetensors"):
+            shutil.copy(out / name, folder)
+        shutil.copy(checkpoint / "target.safetensors", folder / "encoder.safetensors")
+        found.append((folder, int(checkpoint.name.removeprefix("step-"))))
+    return [*found, (out, None)]
 
 
 def script(name: str, *arguments: object) -> None:
@@ -143,39 +210,73 @@ def precision() -> str:
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
-def table(name: str, rows: list[dict]) -> list[str]:
-    """Mean and standard deviation over seeds as Markdown."""
-    lines = [f"| {name} | seeds | {' | '.join(MEASURES)} | seconds |", "|---" * (len(MEASURES) + 3) + "|"]
-    for cell in (cell for cell in CELLS if any(row["cell"] == cell for row in rows)):
-        of_cell = [row for row in rows if row["cell"] == cell]
-        entries = [cell, str(len(of_cell))]
-        for measure in MEASURES:
-            values = [row[measure] for row in of_cell]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            entries.append(f"{statistics.mean(values):.1f}{spread}")
-        seconds = [row["train_seconds"] for row in of_cell if row["train_seconds"]]
-        entries.append(f"{statistics.median(seconds):.0f}" if seconds else "")
-        lines.append(f"| {' | '.join(entries)} |")
+def tables(rows: list[dict]) -> list[str]:
+    """Markdown: for each length accuracy by set and cell, then the gains over the untrained encoder of the same seed."""
+    rows = [row for row in rows if row["at"] == row["images"]]
+    untrained = {(row["set"], row["seed"]): row for row in rows if row["cell"] == "untrained"}
+    lines = []
+    for images in sorted({row["images"] for row in rows} - {0}):
+        here = [row for row in rows if row["images"] in (0, images)]
+        lines += ["", f"{images:,} images: test (val), top-1 in per cent", ""]
+        lines += [f"| set | cell | seeds | {' | '.join(PROBES)} | CPU minutes |", "|---" * (len(PROBES) + 4) + "|"]
+        gains: dict[str, list[tuple[float, str]]] = defaultdict(list)
+        linear: dict[str, list[float]] = defaultdict(list)
+        for on in SETS:
+            for cell in CELLS:
+                own = [row for row in here if (row["set"], row["cell"]) == (on, cell)]
+                if not own:
+                    continue
+                entries = [f"{spread(own, f'{p}_test')} ({spread(own, f'{p}_val')})" for p in PROBES]
+                seconds = [row["cpu_seconds"] for row in own if row.get("cpu_seconds")]
+                minutes = f"{statistics.median(seconds) / 60:.1f}" if seconds else ""
+                lines.append(f"| {on} | {cell} | {len(own)} | {' | '.join(entries)} | {minutes} |")
+                for row in own:
+                    start = untrained.get((on, row["seed"]))
+                    if start is None or cell in ("pixels", "untrained"):
+                        continue
+                    gains[cell] += [
+                        (row[f"{probe}_{role}"] - start[f"{probe}_{role}"], f"{probe} on {role} of {on}")
+                        for probe in PROBES
+                        for role in ("val", "test")
+                    ]
+                    linear[cell].append(row["linear_test"] - start["linear_test"])
+        lines += ["", "| cell | sets x seeds | mean gain, linear on test | mean gain | worst gain |", "|---" * 5 + "|"]
+        for cell, of_cell in gains.items():
+            worst, where = min(of_cell)
+            mean = statistics.mean(gain for gain, _ in of_cell)
+            share = f"{len(linear[cell])}"
+            lines.append(
+                f"| {cell} | {share} | {statistics.mean(linear[cell]):+.1f} | {mean:+.1f} | {worst:+.1f} ({where}) |"
+            )
     return lines
 
 
-def draw(name: str, rows: list[dict]) -> None:
-    """One dot per seed, test accuracy of both probes by cell."""
-    cells = [cell for cell in CELLS if any(row["cell"] == cell for row in rows)]
-    figure = Figure(figsize=(7, 0.3 * len(cells) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    for measure, colour, shift in (("knn_test", "tab:orange", -0.15), ("linear_test", "tab:blue", 0.15)):
-        for height, cell in enumerate(cells):
-            values = [row[measure] for row in rows if row["cell"] == cell]
-            axes.plot(values, [height + shift] * len(values), "o", color=colour, alpha=0.6, markersize=4)
-            axes.plot(statistics.mean(values), height + shift, "|", color=colour, markersize=12)
-        axes.plot([], [], "o", color=colour, label={"knn_test": "k-NN", "linear_test": "linear"}[measure])
-    axes.set_yticks(range(len(cells)), cells, fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xlabel="test top-1, %", title=f"{name}: data, epochs, batch size")
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(FIGURES / f"evidence-{name}.png", dpi=110)
+def spread(rows: list[dict], measure: str) -> str:
+    """Mean over seeds, with the standard deviation where there are several."""
+    values = [row[measure] for row in rows]
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def draw_curves(rows: list[dict]) -> None:
+    """Test accuracy by images seen, one panel a set, for cells that were probed at several points."""
+    several = {(row["set"], row["cell"], row["images"]) for row in rows if row["at"] < row["images"]}
+    for on in sorted({on for on, _, _ in several}):
+        figure = Figure(figsize=(9, 3), layout="constrained")
+        for axes, probe in zip(figure.subplots(1, len(PROBES), sharey=True), PROBES):
+            for _, cell, images in sorted(key for key in several if key[0] == on):
+                own = [row for row in rows if (row["set"], row["cell"], row["images"]) == (on, cell, images)]
+                for seed in sorted({row["seed"] for row in own}):
+                    of_seed = sorted((row["at"], row[f"{probe}_test"]) for row in own if row["seed"] == seed)
+                    axes.plot(*zip(*of_seed), "o-", markersize=3, label=f"{cell}, seed {seed}")
+            for row in rows:
+                if row["set"] == on and row["cell"] == "untrained":
+                    axes.axhline(row[f"{probe}_test"], color="grey", linestyle="--", linewidth=1, label="untrained")
+            axes.set(title=f"{on}, {probe}", xlabel="images seen")
+            axes.grid(alpha=0.3)
+        figure.axes[0].set_ylabel("test top-1, %")
+        figure.axes[0].legend(fontsize=7)
+        figure.savefig(FIGURES / f"curve-{on}.png", dpi=110)
 
 
 if __name__ == "__main__":

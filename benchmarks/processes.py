@@ -25,7 +25,6 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from scott_sparse import MIMJEPA
 from scott_sparse.training import recipe as recipes
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +54,7 @@ def main() -> None:
             rates[count].append(images_per_second(run, count))
         for count in apart:
             apart[count].append(images_per_second_apart(run, recipe, count))
-    sent = 4 * sum(p.numel() for p in MIMJEPA(recipe.encoder, recipe.objective).parameters() if p.requires_grad)
+    sent = 4 * sum(p.numel() for p in recipe.model().parameters() if p.requires_grad)
     first = rates[settings.processes[0]]
     found = {
         "arguments": run,

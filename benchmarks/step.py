@@ -36,7 +36,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from oracles import attention_by_einsum, visible_by_loop
 
-from scott_sparse import MIMJEPA
 from scott_sparse.data.batches import Batch, Batches
 from scott_sparse.data.dataset import Images
 from scott_sparse.data.views import make_views
@@ -92,7 +91,7 @@ class Step:
             recipe = dataclasses.replace(recipe, objective=dataclasses.replace(recipe.objective, context="all"))
         self.recipe, self.device, self.plain, self.precision = recipe, device, plain, precision
         torch.manual_seed(0)
-        self.model = MIMJEPA(recipe.encoder, recipe.objective, engine="dense" if plain else engine).to(device).train()
+        self.model = recipe.model(engine="dense" if plain else engine).to(device).train()
         self.target = make_target(self.model.encoder)
         self.optimizer = adamw(self.model)
         if plain:

@@ -51,6 +51,9 @@ class ViewConfig:
     colour: float = 0.6
     """Probability, 0 to 1, that the colours of a view are changed at all.
     If so, jitter, greyscale and blur are each applied with their own probability, in random order."""
+    plain_share: float = 0.0
+    """Share of the crops, 0 to 1, that keep their colours whatever --colour is.
+    Cross-crop terms compare these crops with each other only, through a projector of their own (arXiv 2008.05659)."""
     jitter: Annotated[tuple[float, float, float, float], ADVANCED] = (0.4, 0.4, 0.2, 0.1)
     """Strength s of the jitter of brightness, contrast, saturation (0 to 1) and hue (0 to 0.5), as in ColorJitter:
     factors are drawn from 1 - s to 1 + s, rotations of hue from -s to s of the circle."""
@@ -71,12 +74,17 @@ class ViewConfig:
             low, high = getattr(self, name)
             if not 0 < low <= high <= upper:
                 raise ValueError(f"{name} is {(low, high)}; expected 0 < low <= high <= {upper}.")
-        for name in ("flip", "colour", "jitter_p", "grey", "blur"):
+        for name in ("flip", "colour", "plain_share", "jitter_p", "grey", "blur"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; a probability lies between 0 and 1.")
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a value between 0 and 1.")
         for name, strength, upper in zip(OPS[:4], self.jitter, (1, 1, 1, 0.5), strict=True):
             if not 0 <= strength <= upper:
                 raise ValueError(f"jitter for {name} is {strength}; expected a value between 0 and {upper}.")
+
+    @property
+    def plain_crops(self) -> int:
+        """How many of the crops keep their colours: the last ones, so that the crop that MIM-JEPA predicts does not."""
+        return int(self.plain_share * self.crops)
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,7 @@ def draw_views(sizes: Int[Tensor, "B 2"], config: ViewConfig, *, generator: torc
     boxes = _draw_boxes(sizes, config, generator=generator)
     flip = torch.rand(boxes.shape[:2], generator=generator) < config.flip
     ops, amounts = _draw_colours((*boxes.shape[:2], 2), config, generator=generator)
+    ops[:, config.crops - config.plain_crops :] = IDLE
     return Views(boxes, flip, ops, amounts)
 
 

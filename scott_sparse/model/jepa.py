@@ -117,17 +117,22 @@ class MIMJEPA(nn.Module):
     """All that is trained: context encoder, predictor and, for the cross-crop term, projector.
 
     They are one module, so that they are wrapped for distributed training once. The target encoder is not part of it,
-    see `make_target`.
+    see `make_target`. `plain_crops`: the last so many crops of each image kept their colours. The cross-crop term
+    compares them with each other, and the crops before them with each other, each group through a projector of its own,
+    so that the features are told to keep what colours say and what they do not (LooC, arXiv 2008.05659).
     """
 
     _no_split_modules = ("Block",)  # what Accelerate shards together (FSDP2)
 
-    def __init__(self, encoder: EncoderConfig, objective: ObjectiveConfig, *, engine: str = "auto"):
+    def __init__(
+        self, encoder: EncoderConfig, objective: ObjectiveConfig, *, plain_crops: int = 0, engine: str = "auto"
+    ):
         super().__init__()
-        self.objective = objective
+        self.objective, self.plain_crops = objective, plain_crops
         self.encoder = Encoder(encoder, engine=engine)
         self.predictor = Predictor(encoder, objective.predictor_depth) if objective.mim_weight else None
-        self.projector = Projector(encoder.dim, *objective.projector) if objective.cross_crop_weight else None
+        groups = (2 if plain_crops else 1) if objective.cross_crop_weight else 0
+        self.projectors = nn.ModuleList(Projector(encoder.dim, *objective.projector) for _ in range(groups))
         if not objective.mim_weight and objective.context == "visible":
             self.encoder.mask_token.requires_grad_(False)  # it is not used, and DDP would wait for its gradient
 
@@ -163,19 +168,30 @@ class MIMJEPA(nn.Module):
             context = self.insert_mask_tokens(first, visible[:, 0])
             predictions = self.predictor(context, self.encoder.tokenizer.grid(crops))
             losses["mim"] = masked_smooth_l1(predictions, targets, hidden=~visible[:, 0])
-        if self.projector is not None:
+        if self.projectors:
             pooled = self.pooled(features, seen)
             if cached is not None:
                 pooled = insert_live(cached, number, pooled)
-            embeddings = self.projector(pooled).float()
-            losses |= self.cross_crop(rearrange(embeddings, "(b v) e -> v b e", v=images.shape[1]), projections)
+            losses |= self.cross_crop(pooled.unflatten(0, (-1, images.shape[1])), projections)
         weighted = [weight * losses[name] for name, weight in self.objective.weights.items()]
         return {**losses, "loss": sum(weighted[1:], start=weighted[0])}
 
     def cross_crop(
+        self, pooled: Float[Tensor, "B V D"], projections: Float[Tensor, "E M"] | None
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The terms that compare the crops of an image, by name; with plain crops the mean over both groups."""
+        crops = pooled.shape[1]
+        groups = pooled.split([crops - self.plain_crops, self.plain_crops] if self.plain_crops else [crops], dim=1)
+        of_groups = []
+        for projector, group in zip(self.projectors, groups, strict=True):
+            embeddings = projector(group.flatten(0, 1)).float()
+            of_groups.append(self.compare(rearrange(embeddings, "(b v) e -> v b e", v=group.shape[1]), projections))
+        return {name: torch.stack([terms[name] for terms in of_groups]).mean() for name in of_groups[0]}
+
+    def compare(
         self, embeddings: Float[Tensor, "V B E"], projections: Float[Tensor, "E M"] | None
     ) -> dict[str, Float[Tensor, ""]]:
-        """The terms that compare the views of an image, by name."""
+        """The terms of one group of crops."""
         if self.objective.cross_crop_loss == "ntxent":
             return {"ntxent": nt_xent(embeddings, temperature=self.objective.temperature)}
         assert projections is not None, "SIGReg needs projections"

@@ -11,7 +11,7 @@ from scott_sparse.cli import ADVANCED, parse_flags
 from scott_sparse.data.dataset import DataConfig
 from scott_sparse.data.views import ViewConfig
 from scott_sparse.model.engines import check_engine
-from scott_sparse.model.jepa import ObjectiveConfig
+from scott_sparse.model.jepa import MIMJEPA, ObjectiveConfig
 from scott_sparse.model.masks import visible_count
 from scott_sparse.model.tokenizer import patches_along
 from scott_sparse.model.vit import EncoderConfig
@@ -136,10 +136,13 @@ class Recipe:
         check_engine(self.engine)
         self.encoder  # noqa: B018 - validates size, tokenizer and rates
         visible_count(self.grid[0] * self.grid[1], self.hide_ratio)
-        if self.objective.cross_crop_weight and self.views.crops < 2:
+        coloured, plain = self.views.crops - self.views.plain_crops, self.views.plain_crops
+        if self.objective.cross_crop_weight and (coloured < 2 or plain == 1):
+            groups = f"{coloured} and {plain} (plain_share {self.views.plain_share:g})" if plain else f"{coloured}"
+            needed = 4 if plain else 2
             raise ValueError(
                 f"cross_crop_weight {self.objective.cross_crop_weight:g} compares crops of an image, but crops is "
-                f"{self.views.crops}; use --crops 2 or --cross-crop-weight 0."
+                f"{groups}; use --crops {needed} or --cross-crop-weight 0."
             )
         if "ntxent" in self.objective.weights and self.batch_size < 2:
             raise ValueError(f"ntxent compares images, but batch_size is {self.batch_size}; use 2 or more.")
@@ -185,6 +188,10 @@ class Recipe:
         fields = ("tokenizer", "patch_size", "stem_width", "ffn", "registers")
         rates = ("dropout", "attention_dropout", "drop_path")
         return EncoderConfig.named(self.size, **{name: getattr(self, name) for name in (*fields, *rates)})
+
+    def model(self, *, engine: str | None = None) -> MIMJEPA:
+        """The model with new weights, from torch's global generator. `engine` None: that of the recipe."""
+        return MIMJEPA(self.encoder, self.objective, plain_crops=self.views.plain_crops, engine=engine or self.engine)
 
     def to_json(self) -> dict[str, Any]:
         """The fields as they are written to recipe.json and into checkpoints."""

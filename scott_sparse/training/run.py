@@ -188,7 +188,7 @@ def open_run(arguments: list[str]) -> Run:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix is multiplied
         torch.use_deterministic_algorithms(True)
     set_seed(recipe.seed)
-    model = MIMJEPA(recipe.encoder, recipe.objective, engine=recipe.engine)
+    model = recipe.model()
     lock, precision = FileLock(out / ".lock"), accelerator.mixed_precision
     checkpoint = main_then_broadcast(lambda: open_folder(name, recipe, out, data, precision, console, lock))
     return Run(name, recipe, out, accelerator, data, model, engine, console, checkpoint, lock, started)

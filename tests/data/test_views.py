@@ -1,5 +1,7 @@
 """Views of both implementations against torchvision, image by image."""
 
+import dataclasses
+
 import cv2
 import pytest
 import torch
@@ -245,6 +247,20 @@ def test_draws_follow_their_probabilities():
     ):
         amounts = views.amounts[views.ops == OPS.index(name)]
         assert low <= amounts.min() < low + 0.02 and high - 0.02 < amounts.max() <= high + 1e-6
+
+
+@pytest.mark.parametrize(("crops", "share", "plain"), [(8, 0.5, 4), (3, 0.5, 1), (1, 0.5, 0), (2, 1.0, 2)])
+def test_plain_crops_keep_their_colours(crops, share, plain):
+    """They are the last ones; all other draws are those without plain crops."""
+    config = ViewConfig(crops=crops, colour=1.0, jitter_p=1.0, plain_share=share)
+    views, changed = (
+        draw_views(torch.full((4, 2), 32), each, generator=torch.Generator().manual_seed(0))
+        for each in (config, dataclasses.replace(config, plain_share=0.0))
+    )
+    assert config.plain_crops == plain
+    assert (views.ops[:, crops - plain :] == IDLE).all() and (changed.ops[:, :, :, 0] != IDLE).all()
+    assert torch.equal(views.ops[:, : crops - plain], changed.ops[:, : crops - plain])
+    assert torch.equal(views.boxes, changed.boxes)
 
 
 def test_same_seed_same_views():

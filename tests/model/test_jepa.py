@@ -224,6 +224,20 @@ def test_nt_xent_is_a_sum_over_pairs():
         assert nt_xent(embeddings, temperature=0.2) == cost
 
 
+def test_plain_crops_are_compared_with_each_other_only():
+    """The term is the mean over both groups, each with a projector of its own; SIGReg's terms likewise."""
+    torch.manual_seed(0)
+    model = MIMJEPA(TINY, BOTH, plain_crops=2)
+    pooled = torch.randn(4, 5, TINY.dim)
+    of_groups = []
+    for projector, crops in zip(model.projectors, (slice(0, 3), slice(3, 5)), strict=True):
+        group = pooled[:, crops]
+        embeddings = projector(group.flatten(0, 1)).unflatten(0, group.shape[:2]).transpose(0, 1)
+        of_groups.append(nt_xent_by_loop(embeddings, BOTH.temperature))
+    assert model.cross_crop(pooled, None)["ntxent"].item() == pytest.approx(sum(of_groups) / 2, rel=1e-5)
+    assert len(MIMJEPA(TINY, MIM, plain_crops=2).projectors) == 0
+
+
 def test_target_follows_parameters_only():
     encoder = Encoder(TINY)
     target = make_target(encoder)

@@ -7,14 +7,13 @@ import types
 import pytest
 import torch
 from conftest import TINY
-from einops import rearrange
 
 from scott_sparse import MIMJEPA, ObjectiveConfig, draw_visible
 from scott_sparse.model.jepa import insert_live
 from scott_sparse.model.losses import draw_projections, masked_smooth_l1
 from scott_sparse.training.accumulation import cache_pooled, seed_dropout
 
-GRID, IMAGES, CROPS = (2, 3), 8, 3
+GRID, IMAGES, CROPS, PLAIN_CROPS = (2, 3), 8, 5, 2
 ONE_PROCESS = types.SimpleNamespace(process_index=0, autocast=contextlib.nullcontext)
 NTXENT = ObjectiveConfig(predictor_depth=1, context="visible", cross_crop_weight=0.7, projector=(16, 8))
 SIGREG = dataclasses.replace(NTXENT, cross_crop_loss="sigreg")
@@ -60,8 +59,7 @@ def at_once(model, parts):
             first = model.insert_mask_tokens(features.unflatten(0, seen.shape[:2])[:, 0], seen[:, 0])
             terms["mim"] = terms["mim"] + masked_smooth_l1(model.predictor(first, GRID), wanted, hidden=~seen[:, 0])
     terms["mim"] = terms["mim"] / parts
-    embeddings = rearrange(model.projector(torch.cat(pooled)), "(b v) e -> v b e", v=CROPS)
-    terms |= model.cross_crop(embeddings, projections)
+    terms |= model.cross_crop(torch.cat(pooled).unflatten(0, (-1, CROPS)), projections)
     loss = sum(weight * terms[name] for name, weight in model.objective.weights.items())
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}, {"loss": loss.item()}
@@ -69,7 +67,7 @@ def at_once(model, parts):
 
 def fresh(objective, **rates):
     torch.manual_seed(0)
-    return MIMJEPA(dataclasses.replace(TINY, **rates), objective).train()
+    return MIMJEPA(dataclasses.replace(TINY, **rates), objective, plain_crops=PLAIN_CROPS).train()
 
 
 def assert_close(found, expected):

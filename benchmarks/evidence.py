@@ -163,13 +163,13 @@ def train_and_probe(cell: Cell, out: Path, data: list[str], source: list[str]) -
     about = json.loads(summary.read_text())
     rows = []
     for point, steps in points(out, cell):
-        row = {**cell.key, "at": round(cell.images * steps / max(about["steps"], 1)) if steps else cell.key["images"]}
+        row = {**cell.key, "at": cell.key["images"] if steps is None else round(cell.images * steps / about["steps"])}
         for probe, settings in PROBES.items():
             script(f"eval/{probe}.py", point, *source, *init, *settings)
             result = json.loads(max(Path(point, "eval").glob(f"{probe}-*.json"), key=os.path.getmtime).read_text())
             row |= {f"{probe}_{role}": result[role]["top1"] for role in ("val", "test")}
             row |= {f"{probe}_choice": result["choice"], "commit": result["commit"]}
-        row |= {"cpu_seconds": about.get("cpu_seconds"), "steps": about["steps"]} if cell.is_trained else {}
+        row |= {"cpu_seconds": about["cpu_seconds"], "steps": about["steps"]} if cell.is_trained else {}
         rows.append({**row, "precision": precision(), "flags": changes, "torch": torch.__version__})
     return rows
 
@@ -187,9 +187,10 @@ def length(cell: Cell, source: list[str]) -> tuple[float, int]:
 
 
 def points(out: Path, cell: Cell) -> list[tuple[Path, int | None]]:
-    """Run folders to probe with the optimizer steps done: kept checkpoints of the target encoder, then the run's end."""
+    """Run folders to probe and their optimizer steps: kept checkpoints of the target encoder, then the run itself."""
     found: list[tuple[Path, int | None]] = []
-    for checkpoint in sorted(out.glob("checkpoints/step-*"))[: cell.points - 1] if cell.points > 1 else []:
+    several = cell.is_trained and cell.points > 1
+    for checkpoint in sorted(out.glob("checkpoints/step-*"))[: cell.points - 1] if several else []:
         folder = out / f"at-{checkpoint.name}"
         folder.mkdir(exist_ok=True)
         for name in ("encoder.json", "recipe.json", "summary.json", "pretrain_images.safetensors"):
@@ -211,7 +212,7 @@ def precision() -> str:
 
 
 def tables(rows: list[dict]) -> list[str]:
-    """Markdown: for each length accuracy by set and cell, then the gains over the untrained encoder of the same seed."""
+    """Markdown, for each length: accuracy by set and cell, then gains over the untrained encoder of the same seed."""
     rows = [row for row in rows if row["at"] == row["images"]]
     untrained = {(row["set"], row["seed"]): row for row in rows if row["cell"] == "untrained"}
     lines = []

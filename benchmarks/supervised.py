@@ -43,16 +43,16 @@ def main() -> None:
         data = open_data(recipe.source, short_side=short_side_for(recipe.sides))
         if data.classes is None:
             raise ValueError("supervised training needs labels.")
-    encoder, told = train(recipe, data)
+    encoder, summary = train(recipe, data)
     out = recipe.out or Path("runs/supervised")
     save_encoder(encoder, out)
     (out / "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe), default=str, indent=1))
-    (out / "summary.json").write_text(json.dumps(told, indent=1))
-    print(told)
+    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    print(summary)
 
 
 def train(recipe: Recipe, data: Data) -> tuple[Encoder, dict]:
-    """The encoder, and what is to be said of its training."""
+    """The encoder, and what summary.json says of its training."""
     torch.manual_seed(recipe.seed)
     model = Classifier(Encoder(recipe.encoder), len(data.classes)).train()
     optimizer = adamw(model)
@@ -63,7 +63,7 @@ def train(recipe: Recipe, data: Data) -> tuple[Encoder, dict]:
     # As many images as pretraining sees, though fewer of them have labels.
     schedules = recipe.schedules(len(data.pretrain) // recipe.batch_size)
     steps = schedules.total_steps
-    started = time.perf_counter()
+    started = time.process_time()
     for step, (part,) in enumerate(track(load(batches, range(steps), workers=0, pin=False), total=steps)):
         set_schedules(optimizer, schedules, step)
         context, _ = make_views(part.crops, part.views, size=recipe.sides)
@@ -73,15 +73,14 @@ def train(recipe: Recipe, data: Data) -> tuple[Encoder, dict]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or float("inf"))
         optimizer.step()
-    seconds = time.perf_counter() - started
     model.eval()
     with torch.inference_mode():
         parts = torch.arange(len(data.test)).split(256)
-        said = torch.cat([model(eval_images(data.test, rows, size=recipe.sides)).argmax(1) for rows in parts])
-    own = 100 * (said == data.test.labels).double().mean().item()
+        predicted = torch.cat([model(eval_images(data.test, rows, size=recipe.sides)).argmax(1) for rows in parts])
+    own = 100 * (predicted == data.test.labels).double().mean().item()
     return model.encoder, {
         "own_test": round(own, 2),
-        "train_seconds": round(seconds, 1),
+        "cpu_seconds": round(time.process_time() - started, 1),
         "steps": steps,
         "last_loss": loss.item(),
     }

@@ -200,10 +200,10 @@ class Recipe:
 
 FLOWERS102 = Recipe(source=DataConfig(data="flowers102"), dropout=0.2, attention_dropout=0.1, drop_path=0.1)
 
-# What gains on six sets of different kind in ten CPU minutes (benchmarks/EVIDENCE.md): eight crops with a quarter visible,
-# half of them with changed colours and half without, compared apart: contrast makes features blind to whatever crops
-# differ in, and finds crops by colour where they do not. Rates follow batch and length: --epochs and --batch-size can be
-# changed alone.
+# What gains on six sets of different kind in ten CPU minutes (benchmarks/EVIDENCE.md): eight crops with a quarter
+# visible, half of them with changed colours and half without, compared apart: contrast makes features blind to whatever
+# crops differ in, and finds crops by colour where they do not. Rates follow batch and length: --epochs and --batch-size
+# can be changed alone.
 SMALL_DATA = Recipe(
     image_size=64,
     size="demo",

@@ -1,4 +1,4 @@
-"""The README's snippets run, its file tree exists, and its commands name real recipes and flags."""
+"""Snippets of README and docs run, the file tree exists, commands name real recipes and flags, links lead somewhere."""
 
 import dataclasses
 import re
@@ -15,11 +15,16 @@ from scott_sparse import Encoder, EncoderConfig, save_encoder
 from scott_sparse.evaluation.subject import ProbeConfig
 from scott_sparse.training import recipe as recipes
 
-README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-LINES = [
-    line.split("#")[0] for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()
-]
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+README = PAGES[ROOT / "README.md"]
+
+
+def blocks(language):
+    return [block for text in PAGES.values() for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
+
+
+SNIPPETS = blocks("python")
+LINES = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines()]
 COMMANDS = [line for line in LINES if "train/pretrain.py" in line]
 QUESTIONS = {
     "knn": ProbeConfig,
@@ -69,5 +74,6 @@ def test_questions_parse(line):
 
 
 def test_no_markdown_link_is_dead():
-    for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(((?!http)[^)]+)\)", text):
+            assert (page.parent / target).exists(), (page.name, target)

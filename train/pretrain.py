@@ -27,10 +27,11 @@ from scott_sparse.model.jepa import make_target, target_features, update_target
 from scott_sparse.model.vit import Encoder
 from scott_sparse.shapes import Tensor
 from scott_sparse.training.accumulation import cache_pooled, seed_dropout
+from scott_sparse.training.choice import choose_run
 from scott_sparse.training.log import Log
 from scott_sparse.training.monitor import OnlineReport
 from scott_sparse.training.optim import adamw, nonfinite_flag, poison_if_nonfinite, set_schedules
-from scott_sparse.training.plan import FirstSteps, choose_run
+from scott_sparse.training.plan import FirstSteps
 from scott_sparse.training.resume import TOKENS
 from scott_sparse.training.run import Run, RunFailed, open_run, projections_at, tune_allocator
 from scott_sparse.training.saver import EXIT_RESUME, Interrupted, Saver

@@ -1,12 +1,10 @@
 """What a run will cost, by a few of its own steps: before it starts (--plan), or in one line as it starts.
 
-Where no recipe is named, the plan also chooses it: the largest one that fits a GPU and --time-budget. The steps are
-those of train/pretrain.py, on a copy of the model, so that the run that follows is the same with and without a plan.
+The steps are those of train/pretrain.py, on a copy of the model: the run that follows is the same as without a plan.
 """
 
 import copy
 import dataclasses
-import gc
 import itertools
 import os
 import shutil
@@ -25,17 +23,13 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from scott_sparse.data.cache import MappedPixels
-from scott_sparse.distributed import main_then_broadcast, on_all_processes, process_state
 from scott_sparse.evaluation.encoders import FrozenEncoder
 from scott_sparse.evaluation.features import BATCH, extract
-from scott_sparse.files import read_json
 from scott_sparse.model.jepa import make_target
 from scott_sparse.model.vit import Encoder
 from scott_sparse.training.health import rankme
 from scott_sparse.training.monitor import LIDAR_VIEWS, OnlineReport
-from scott_sparse.training.recipe import Recipe, alternatives
-from scott_sparse.training.resume import RECIPE
-from scott_sparse.training.run import Run, RunFailed, accelerator_of, peak_memory_mib, prepare_run
+from scott_sparse.training.run import Run, RunFailed, accelerator_of, peak_memory_mib
 from scott_sparse.training.saver import EXIT_RESUME, Interrupted
 
 WARM_UP_STEPS, TIMED_STEPS = 2, 3
@@ -148,7 +142,7 @@ class Plan:
         free = decimal(_free_bytes(self.run.out))
         return (
             f"plan: {self.steps:,} steps of {self.step_seconds:.3g} s and {self.reports} reports of "
-            f"{self.report_seconds:.2g} s take {_time(self.seconds)}; memory {decimal(self.peak_mib * MIB)}, "
+            f"{self.report_seconds:.2g} s take {show_time(self.seconds)}; memory {decimal(self.peak_mib * MIB)}, "
             f"checkpoints and weights {decimal(self.run_bytes)} of {free} in {self.run.out}"
         )
 
@@ -158,75 +152,19 @@ class Plan:
         decoded = where = ""
         if isinstance(pixels, MappedPixels):
             decoded, where = f"; {decimal(pixels.pixels.nbytes)} decoded images", f"; decoded images in {pixels.path}"
+        training, reporting = map(show_time, (self.steps * self.step_seconds, self.reports * self.report_seconds))
         limit = _memory_limit_mib(run.accelerator.device)
         rows = {
             "images": f"{len(run.data.pretrain):,} to pretrain on, {recipe.sides[0]} x {recipe.sides[1]} px",
             "parameters": f"{run.encoder_parameters / 1e6:.1f} M encoder, {_trained(run) / 1e6:.1f} M trained in all",
             "steps": f"{self.steps:,} of {recipe.batch_size} images, {self.step_seconds:.3g} s each (measured)",
-            "time": f"{_time(self.seconds)}: steps {_time(self.steps * self.step_seconds)}, {self.reports} reports "
-            f"{_time(self.reports * self.report_seconds)}, k-NN and figure at the end {_time(self.end_seconds)}",
+            "time": f"{show_time(self.seconds)}: steps {training}, {self.reports} reports {reporting}, k-NN and "
+            f"figure at the end {show_time(self.end_seconds)}",
             "memory": f"{decimal(self.peak_mib * MIB)} of {decimal(limit * MIB)}",
             "disk": f"{decimal(self.run_bytes)} checkpoints and weights, {decimal(_free_bytes(run.out))} free{decoded}",
             "writes to": f"{run.out}{where}",
         }
         return "\n".join(f"{name:<12}{text}" for name, text in rows.items())
-
-
-def choose_run(arguments: list[str], train: Train) -> Run:
-    """The run that a command line asks for, its folder not yet opened. With --plan, prints its plan and exits.
-
-    `train` is the training loop. Raises ValueError or OSError, on all processes, for mistakes.
-    """
-    recipes = alternatives(arguments)
-    names, reasons = list(recipes), []
-    run: Run | None
-    plan: Plan | None = None
-    if len(recipes) > 1:
-        held = main_then_broadcast(lambda: _recipe_in_folder(recipes))
-        if held or process_state().device.type == "cpu":
-            names = [held or names[-1]]
-            reasons = ["as the run in its folder" if held else f"on a CPU the smallest of {', '.join(recipes)}"]
-    for name in names:
-        run = prepare_run(name, recipes[name])
-        if name == names[-1]:  # whatever it takes
-            break
-        try:
-            plan = rehearse(run, train)
-        except DoesNotFit as misfit:
-            reasons.append(f"{name}: {misfit}")
-        else:
-            budget, takes = 60 * run.recipe.time_budget, f"takes {_time(plan.seconds)} of --time-budget "
-            reasons.append(f"{name} {takes}{run.recipe.time_budget:g}")
-            if plan.seconds <= budget:
-                break
-        run = plan = None
-        gc.collect()
-    assert run is not None
-    if reasons:
-        command = " ".join(["train/pretrain.py", name, *arguments])
-        words = f"recipe {name}: {'; '.join(reasons)}. Name it to choose it: {command}"
-        run.console.print(words, highlight=False, markup=False, soft_wrap=True)
-    if not run.recipe.plan:
-        return run
-    run.describe()
-    plan = plan or rehearse(run, train)
-    run.console.print(plan.table(), highlight=False, markup=False, soft_wrap=True)
-    on_all_processes(plan.check_disk)
-    run.accelerator.end_training()
-    sys.exit()
-
-
-def _recipe_in_folder(recipes: dict[str, Recipe]) -> str | None:
-    """Which of some recipes the run in --out has, or the newest run on the same images in a default folder."""
-    held = {}
-    for name, recipe in recipes.items():
-        path = (recipe.out or Path("runs") / name) / RECIPE
-        if path.exists() and not recipe.overwrite:
-            content = read_json(path)
-            same_images = recipe.out or content.get("source", {}).get("data") == recipe.source.data
-            if content.get("recipe") == name and same_images:
-                held[path.stat().st_mtime] = name
-    return held[max(held)] if held else None
 
 
 def rehearse(run: Run, train: Train) -> Plan:
@@ -296,7 +234,8 @@ def _step_seconds(run: Run, train: Train, count: int) -> float:
 def _predicted_peak(peaks: dict[int, int], size: int) -> float:
     """MiB for a micro-batch of `size`, in a line through the peaks of the two largest so far."""
     *_, (before, base), (last, peak) = [(0, 0), *peaks.items()]
-    return peak + (peak - base) / max(last - before, 1) * (size - last) if last else peak
+    slope = (peak - base) / (last - before) if last else 0.0
+    return peak + slope * (size - last)
 
 
 def _what_fits(peaks: dict[int, int], limit: int, run: Run) -> str:
@@ -349,6 +288,6 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free + held
 
 
-def _time(seconds: float) -> str:
+def show_time(seconds: float) -> str:
     """As 1:02:03."""
     return str(timedelta(seconds=round(seconds)))

@@ -179,24 +179,26 @@ def rehearse(run: Run, train: Train) -> Plan:
     while sizes[-1] >= 8 and not recipe.compile:
         sizes.append(sizes[-1] // 2)
     limit = min(gather_object([_memory_limit_mib(device)]))
-    peaks = {0: peak_memory_mib(device) + 12 * _trained(run) // MIB}  # by micro-batch; at first gradients and moments
+    before = max(gather_object([peak_memory_mib(device)]))
+    peaks = {0: before + 12 * _trained(run) // MIB}  # by micro-batch; at first with gradients and moments
     seconds = 0.0
     for size in reversed(sizes):
         batch = dataclasses.replace(recipe, batch_size=size * slices)
+        last, peak, slope = _trend(peaks)
+        if peak + slope * (size - last) > limit:
+            raise DoesNotFit(_what_fits(peaks, limit, run, last + int((limit - peak) / max(slope, 1e-3))))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        count = WARM_UP_STEPS + TIMED_STEPS if size == whole else 2
         try:
-            if _predicted_peak(peaks, size) > limit:
-                raise torch.OutOfMemoryError
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            count = WARM_UP_STEPS + TIMED_STEPS if size == whole else 2
             seconds = _step_seconds(dataclasses.replace(run, recipe=batch), train, count)
         except torch.OutOfMemoryError:
-            raise DoesNotFit(_what_fits(peaks, limit, run)) from None
+            raise DoesNotFit(_what_fits(peaks, limit, run, last)) from None
         peaks[size] = max(gather_object([peak_memory_mib(device)]))
     target = make_target(run.model.encoder).to(device)
     report, times = OnlineReport(run, target, run.model.encoder), [time.perf_counter()]
+    few = pretrain[torch.arange(min(BATCH, len(pretrain)))]
     for _ in range(2):  # the first warms up
-        few = pretrain[torch.arange(min(BATCH, len(pretrain)))]
         extract(FrozenEncoder(target), few, size=recipe.sides, tokens=True)
         times.append(time.perf_counter())
     rankme(torch.randn(len(report.bank), run.model.encoder.config.dim))
@@ -231,20 +233,18 @@ def _step_seconds(run: Run, train: Train, count: int) -> float:
     return steps.seconds
 
 
-def _predicted_peak(peaks: dict[int, int], size: int) -> float:
-    """MiB for a micro-batch of `size`, in a line through the peaks of the two largest so far."""
-    *_, (before, base), (last, peak) = [(0, 0), *peaks.items()]
-    slope = (peak - base) / (last - before) if last else 0.0
-    return peak + slope * (size - last)
+def _trend(peaks: dict[int, int]) -> tuple[int, int, float]:
+    """The largest micro-batch so far, its peak in MiB, and how many more another image takes."""
+    *_, (before, base), (last, peak) = [(-1, peaks[0]), *peaks.items()]
+    return last, peak, (peak - base) / (last - before)
 
 
-def _what_fits(peaks: dict[int, int], limit: int, run: Run) -> str:
-    """Why a run does not fit `limit` MiB, and the largest micro-batch of it that does."""
+def _what_fits(peaks: dict[int, int], limit: int, run: Run, fits: int) -> str:
+    """Why a run does not fit `limit` MiB, and what does if a micro-batch of `fits` images does."""
     recipe, processes = run.recipe, run.accelerator.num_processes
-    batch, last = recipe.batch_size // processes, max(peaks)
-    needed = _predicted_peak(peaks, batch // recipe.accumulate)
-    fits = [size for size in range(last, batch) if size and _predicted_peak(peaks, size) <= limit]
-    parts = [parts for parts in range(2, batch + 1) if fits and batch % parts == 0 and batch // parts <= fits[-1]]
+    batch, (last, peak, slope) = recipe.batch_size // processes, _trend(peaks)
+    needed = peak + slope * (batch // recipe.accumulate - last)
+    parts = [parts for parts in range(2, batch + 1) if batch % parts == 0 and batch // parts <= fits]
     remedy = "use a smaller --image-size or --size"
     if parts:
         remedy = f"use --accumulate {parts[0]} (the same loss) or --batch-size {batch // parts[0] * processes}"

@@ -51,6 +51,10 @@ def test_accelerate_starts_them(name, flags, environment):
     machines, processes = PROCESSES[name][0], min(PROCESSES[name][1], 2)
     command = ["accelerate", "launch", "--config_file", LAUNCH / f"{name}.yaml", "--num_processes", processes]
     command += ["--mixed_precision", "no"] + (["--main_process_port", PORT] if processes > 1 else [])
+    if name == "eight_gpus":  # a plan by both processes
+        arguments = list(map(str, [*command, "train/pretrain.py", *flags, "--plan"]))
+        done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.count("\nsteps  ") == 1 and not os.path.exists(flags[-1]), done
     nodes = []
     for rank in range(machines):
         where = ["--machine_rank", rank, "--main_process_ip", "127.0.0.1"] if machines > 1 else []

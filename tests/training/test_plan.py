@@ -59,12 +59,12 @@ def on_a_gpu(monkeypatch):
 
 @pytest.fixture
 def costs(monkeypatch):
-    """Steps that are not trained: 10 s each at 64 px and 5 s below; 10 MiB an image and 100, of 1,000 MiB."""
+    """Steps that are not trained: 10 min each at 64 px and 5 below; 10 MiB an image and 100, of 1,000 MiB."""
     trained = []
 
     def step_seconds(of, train, count):
         trained.append(of.recipe.batch_size // of.recipe.accumulate)
-        return 10.0 if of.recipe.image_size == 64 else 5.0
+        return 600.0 if of.recipe.image_size == 64 else 300.0
 
     monkeypatch.setattr(plan, "_step_seconds", step_seconds)
     monkeypatch.setattr(plan, "peak_memory_mib", lambda _: 100 + 10 * max(trained, default=0))
@@ -78,9 +78,9 @@ def choose(data, *flags):
 
 
 CHOICES = {  # flags: recipe, and the reason that is printed
-    "": ("small-data-224", "recipe small-data-224: small-data-224 takes 0:00:4., with --time-budget 60 "),
-    "--time-budget 0.5": ("small-data-128", "recipe small-data-128: .*0.5 .*; small-data-128 takes 0:00:2., "),
-    "--time-budget 0.1": ("small-data", "recipe small-data: small-data-224 takes .*; small-data-128 takes "),
+    "": ("small-data-224", "recipe small-data-224: small-data-224 takes 0:4.:.., with --time-budget 60 "),
+    "--time-budget 30": ("small-data-128", "recipe small-data-128: .* 30 .*; small-data-128 takes 0:2.:.., "),
+    "--time-budget 10": ("small-data", "recipe small-data: small-data-224 takes .*; small-data-128 takes "),
     "--image-size 32": ("small-data", "^$"),
     "small-data-128": ("small-data-128", "^$"),
 }

@@ -1,7 +1,8 @@
 """Pretrain an encoder with SCOTT and MIM-JEPA (arXiv 2502.18056). Read from top to bottom.
 
     accelerate launch train/pretrain.py                                     # the recipe demo, on drawn flowers
-    accelerate launch train/pretrain.py --data PHOTOS --image-size 64       # your own folder, the recipe small-data
+    accelerate launch train/pretrain.py --data PHOTOS                       # your own folder, the recipe by the device
+    accelerate launch train/pretrain.py --data PHOTOS --plan                # what that will cost; trains nothing
     accelerate launch train/pretrain.py flowers102 --batch-size 128         # the paper's recipe and data set
 
 The same command resumes a run that was interrupted, to the same weights bit for bit (scott_sparse/training/saver.py).
@@ -26,9 +27,11 @@ from scott_sparse.model.jepa import make_target, target_features, update_target
 from scott_sparse.model.vit import Encoder
 from scott_sparse.shapes import Tensor
 from scott_sparse.training.accumulation import cache_pooled, seed_dropout
+from scott_sparse.training.choice import choose_run
 from scott_sparse.training.log import Log
 from scott_sparse.training.monitor import OnlineReport
 from scott_sparse.training.optim import adamw, nonfinite_flag, poison_if_nonfinite, set_schedules
+from scott_sparse.training.plan import FirstSteps
 from scott_sparse.training.resume import TOKENS
 from scott_sparse.training.run import Run, RunFailed, open_run, projections_at, tune_allocator
 from scott_sparse.training.saver import EXIT_RESUME, Interrupted, Saver
@@ -37,12 +40,12 @@ from scott_sparse.training.saver import EXIT_RESUME, Interrupted, Saver
 def main() -> None:
     tune_allocator()
     with exit_on_user_error():
-        run = open_run(sys.argv[1:])
+        run = open_run(choose_run(sys.argv[1:], train))
     run.describe()
     initial, target = make_target(run.model.encoder), make_target(run.model.encoder)
     try:
         with exit_on_user_error(each_process=True):
-            training = train(run, target)
+            training = train(run, target, FirstSteps(run))
     except Interrupted as interruption:
         run.console.print(str(interruption))
         sys.exit(EXIT_RESUME)
@@ -53,7 +56,7 @@ def main() -> None:
     run.accelerator.end_training()
 
 
-def train(run: Run, target: Encoder) -> dict:
+def train(run: Run, target: Encoder, first_steps: FirstSteps) -> dict:
     """Train the model and its target, and save both encoders. Returns what the summary says of the training.
 
     Raises Interrupted if the run was told to stop, and RunFailed if it cannot go on.
@@ -130,6 +133,7 @@ def train(run: Run, target: Encoder) -> dict:
             optimizer.zero_grad()
             log.add(step, {**terms, "gradient_norm": norm}, schedules.at(step), nonfinite)
             report.after_step(step + 1, terms["loss"].where(nonfinite == 0, torch.nan))
+            first_steps.after_step(step + 1, report)
             saver.after_step(step + 1)
 
     run.save_weights(target, trained.encoder)  # before anything else, which may fail

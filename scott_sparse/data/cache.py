@@ -10,11 +10,13 @@ Mapped pages are in the page cache of the kernel: a data set that fits in memory
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import os
 import re
+import shutil
 import struct
 import threading
 from collections import Counter
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import track
 from safetensors.torch import load, save
 
@@ -187,6 +190,8 @@ def _write(
         decoded = _decode_all(source, short_side, selection, find_bits)
         console, description = Console(stderr=True), f"decoding {title}"
         for i, picture in enumerate(track(decoded, description, total, console=console, transient=True)):
+            if i == -(-total // 10):
+                _check_room(folder=path.parent, needed=file.tell() * (total - i) // i)
             if isinstance(picture, str):
                 unreadable[i] = picture
                 continue
@@ -206,6 +211,13 @@ def _write(
         index = save({"sizes": sizes, "digests": digests, "about": encoded})
         file.seek(length)
         file.write(index + TRAILER.pack(len(index), _digest(index), MAGIC))
+
+
+def _check_room(*, folder: Path, needed: int) -> None:
+    """Raises OSError if a disk will not hold what is still to be decoded, by the mean size of the first tenth."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"about {decimal(needed)} more are needed, {decimal(free)} are free")
 
 
 class BitDepth:

@@ -27,6 +27,12 @@ class Recipe:
     """Run folder, for weights, checkpoints and logs. Default: runs/RECIPE."""
     overwrite: bool = False
     """Delete the run that --out holds, finished or not, and start anew."""
+    plan: bool = False
+    """Print what the run would cost (steps, time, memory, disk), measured by a few real steps, and where it would
+    write; then exit. Only the decoded images stay, for the run."""
+    time_budget: float = 60.0
+    """Minutes that a run may take on a GPU where --data FOLDER comes without the name of a recipe: the largest recipe
+    that fits is then taken. On a CPU it is small-data, whatever it takes."""
     seed: int = 0
     """Seed of everything random: first weights, order of the images, crops, masks, dropout."""
 
@@ -107,6 +113,9 @@ class Recipe:
     """End the run when a report says that the features are collapsing."""
 
     # The machine.
+    precision: Annotated[Literal["no", "bf16"], ADVANCED] = "no"
+    """Mixed precision on devices that have it. accelerate launch --mixed_precision bf16 or fp16 wins over it; no: fp32
+    unless launched so."""
     workers: int | None = None
     """Processes that prepare batches. None: by the cores with --cache none or on a GPU, else 0, as the CPU trains."""
     compile: bool = False
@@ -120,7 +129,17 @@ class Recipe:
 
     def validate(self) -> None:
         """Raise ValueError for values that do not go together, naming field, value and remedy."""
-        positive = ("epochs", "batch_size", "accumulate", "lr", "keep_last", "keep_every", "minutes", "log_every")
+        positive = (
+            "epochs",
+            "batch_size",
+            "accumulate",
+            "lr",
+            "keep_last",
+            "keep_every",
+            "minutes",
+            "log_every",
+            "time_budget",
+        )
         for name in (*positive, "workers", "report_every"):
             value = getattr(self, name)
             if value is not None and (not value >= 0 or (name in positive and value == 0)):
@@ -234,11 +253,30 @@ DEMO = dataclasses.replace(
     report_every=2.5,
 )
 
+# The same for a GPU, with the published stem. Learning rates are for batches of 256: DINO's for a ViT-S (5e-4, arXiv
+# 2104.14294, section 3.2), and twice that at half its width, as Adam's rate goes with 1 / width (arXiv 2203.03466).
+SMALL_DATA_224 = dataclasses.replace(
+    SMALL_DATA,
+    image_size=224,
+    size="small",
+    patch_size=16,
+    stem_width=64,
+    epochs=100.0,
+    lr=5e-4,
+    lr_batch_size=256,
+    precision="bf16",
+)
+SMALL_DATA_128 = dataclasses.replace(SMALL_DATA_224, image_size=128, size="tiny", lr=1e-3)
+
 RECIPES = {
     "demo": ("MIM-JEPA and NT-Xent of six crops on petals at 48 px: five minutes on two CPU cores", DEMO),
-    "small-data": ("MIM-JEPA and NT-Xent of eight crops at 64 px; what a plain --data FOLDER runs", SMALL_DATA),
+    "small-data": ("MIM-JEPA and NT-Xent of eight crops at 64 px; what --data FOLDER runs on a CPU", SMALL_DATA),
+    "small-data-128": ("the same at 128 px with a ViT-Ti/16 in bf16, 100 epochs: for a GPU", SMALL_DATA_128),
+    "small-data-224": ("the same at 224 px with a ViT-S/16 in bf16, 100 epochs: for a GPU", SMALL_DATA_224),
     "flowers102": ("the paper's recipe as published, and its data set: 224 px, 300 epochs", FLOWERS102),
 }
+BY_SIZE = ("small-data-224", "small-data-128", "small-data")  # what --data FOLDER may mean, the largest first
+SIZE_FIELDS = ("image_size", "size", "patch_size")  # in which they all differ
 
 NO_GAIN = "was removed: it gained nothing (benchmarks/EVIDENCE.md)"
 OLD_FLAGS = {
@@ -262,11 +300,33 @@ def parse(arguments: list[str]) -> tuple[str, Recipe]:
 
     No name is the demo, or `small-data` where --data is something other than petals.
     """
+    names, flags = _names(arguments)
+    return names[-1], parse_flags_of(names[-1], flags)
+
+
+def alternatives(arguments: list[str]) -> dict[str, Recipe]:
+    """The recipes that a command line may mean, the largest first: one, or those of `BY_SIZE`.
+
+    A size that is given by a flag (`SIZE_FIELDS`) leaves small-data alone. Raises ValueError for mistakes.
+    """
+    names, flags = _names(arguments)
+    recipes = {name: parse_flags_of(name, flags) for name in names}
+    first, last = recipes[names[0]], recipes[names[-1]]
+    sized = len(names) > 1 and any(getattr(first, field) == getattr(last, field) for field in SIZE_FIELDS)
+    return {names[-1]: last} if sized else recipes
+
+
+def _names(arguments: list[str]) -> tuple[tuple[str, ...], list[str]]:
+    """Names of the recipes that a command line may mean, and its flags."""
     if arguments and not arguments[0].startswith("-"):
-        name, arguments = arguments[0], arguments[1:]
-    else:
-        words = [word for argument in arguments for word in argument.split("=", 1)]
-        name = "small-data" if "--data" in words and "petals" not in words[words.index("--data") :][1:2] else "demo"
+        return (arguments[0],), arguments[1:]
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    own_images = "--data" in words and "petals" not in words[words.index("--data") :][1:2]
+    return BY_SIZE if own_images else ("demo",), arguments
+
+
+def parse_flags_of(name: str, arguments: list[str]) -> Recipe:
+    """The recipe of that name with some of its fields changed by flags. Raises ValueError for mistakes."""
     if name not in RECIPES:
         known = ", ".join(f"{key} ({about})" for key, (about, _) in RECIPES.items())
         raise ValueError(f"unknown recipe {name!r}; expected one of: {known}.")
@@ -282,7 +342,7 @@ def parse(arguments: list[str]) -> tuple[str, Recipe]:
         raise mistake
     recipe.objective.refuse_ignored(vars(default.objective))
     recipe.validate()
-    return name, recipe
+    return recipe
 
 
 def _refuse_old_flags(arguments: list[str]) -> None:

@@ -21,7 +21,8 @@ RUN_FILES = (RECIPE, METRICS, REPORTS, UNREADABLE, NONFINITE, *RESULTS)
 LOCK_TIMEOUT_S = 10.0  # that another process may take to end: a run about to finish, or the workers of a killed one
 RESUMABLE_FIELDS = {  # may differ when a run resumes: where files are, what is printed, how long it runs
     *("out", "overwrite", "resume", "epochs", "workers", "tracker", "report_every", "stop_on_collapse", "log_every"),
-    *("save_every", "keep_last", "keep_every", "minutes", "on_nonfinite"),
+    *("save_every", "keep_last", "keep_every", "minutes", "on_nonfinite", "plan", "time_budget"),
+    "precision",  # what comes of it is compared by itself
     *(f"source.{name}" for name in ("data", "data_root", "cache", "cache_dir", "ram_gib", "skip_unreadable")),
 }
 NUMBER = (float, type(None))

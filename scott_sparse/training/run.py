@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, set_seed
 from filelock import FileLock
 from rich.console import Console
@@ -21,7 +22,7 @@ from rich.console import Console
 from scott_sparse.data.batches import Batch, Batches, default_workers, load
 from scott_sparse.data.dataset import Data, open_data, short_side_for
 from scott_sparse.data.images import Images
-from scott_sparse.distributed import full_state_dict, main_then_broadcast, on_all_processes
+from scott_sparse.distributed import full_state_dict, main_then_broadcast, on_all_processes, process_state
 from scott_sparse.files import write_json
 from scott_sparse.model.jepa import MIMJEPA, make_target
 from scott_sparse.model.losses import draw_projections
@@ -31,7 +32,7 @@ from scott_sparse.model.weights import save_encoder
 from scott_sparse.randomness import generator_at
 from scott_sparse.shapes import Float, Tensor
 from scott_sparse.training.optim import Schedules
-from scott_sparse.training.recipe import Recipe, parse
+from scott_sparse.training.recipe import Recipe
 from scott_sparse.training.resume import SUMMARY, UNREADABLE, open_folder
 
 
@@ -159,16 +160,14 @@ class Run:
         return summary
 
 
-def open_run(arguments: list[str]) -> Run:
-    """The run that some command line arguments ask for.
+def prepare_run(name: str, recipe: Recipe) -> Run:
+    """A run with its settings and images checked; nothing is written but decoded images.
 
-    Raises ValueError or OSError, on all processes, for mistakes; nothing is written before settings and images are
-    checked.
+    Raises ValueError or OSError, on all processes, for mistakes.
     """
     started = time.perf_counter()
-    name, recipe = parse(arguments)
     out = recipe.out or Path("runs") / name
-    accelerator = _accelerator(recipe, out)
+    accelerator = accelerator_of(recipe, out)
     console = Console(quiet=not accelerator.is_main_process)
     slices = accelerator.num_processes * recipe.accumulate
     if recipe.batch_size % slices:
@@ -189,14 +188,27 @@ def open_run(arguments: list[str]) -> Run:
         torch.use_deterministic_algorithms(True)
     set_seed(recipe.seed)
     model = recipe.model()
-    lock, precision = FileLock(out / ".lock"), accelerator.mixed_precision
-    checkpoint = main_then_broadcast(lambda: open_folder(name, recipe, out, data, precision, console, lock))
-    return Run(name, recipe, out, accelerator, data, model, engine, console, checkpoint, lock, started)
+    return Run(name, recipe, out, accelerator, data, model, engine, console, None, FileLock(out / ".lock"), started)
 
 
-def _accelerator(recipe: Recipe, out: Path) -> Accelerator:
+def open_run(run: Run) -> Run:
+    """The run with its folder opened: locked, cleared of what is no longer true, a checkpoint to resume from found.
+
+    Raises ValueError, on all processes, where `open_folder` does.
+    """
+    where = (run.name, run.recipe, run.out, run.data, run.accelerator.mixed_precision, run.console, run.lock)
+    return dataclasses.replace(run, checkpoint=main_then_broadcast(lambda: open_folder(*where)))
+
+
+def accelerator_of(recipe: Recipe, out: Path) -> Accelerator:
+    """Accelerate, for the processes that were launched, in the launcher's precision or else that of the recipe."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # "no" also where the launcher was not told any
+    if precision == "no" and has_bf16(process_state().device):
+        precision = recipe.precision
+    AcceleratorState._reset_state()  # which another recipe in this process may have set to another precision
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else several CPU processes would not find each other
+        mixed_precision=precision,
         gradient_accumulation_steps=recipe.accumulate,
         log_with=recipe.tracker,
         project_dir=out if recipe.tracker else None,
@@ -216,6 +228,14 @@ def _engine(recipe: Recipe, device: torch.device) -> str:
     """What computes the context encoder's tokens. Raises ValueError if it cannot work on `device`."""
     tokenizer, share = TOKENIZERS[recipe.tokenizer], 1 - recipe.hide_ratio
     return tokenizer.engine_name(recipe.engine, device, visible_share=share, dim=recipe.encoder.dim)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices in bf16 itself."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def projections_at(recipe: Recipe, step: int, device: torch.device) -> Float[Tensor, "E M"] | None:

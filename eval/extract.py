@@ -4,7 +4,7 @@
 
 Images: those that pretraining would use and those of the test split. Tensors: `embeddings` (n, D), the mean token of
 the last block; `blocks` (n, L, D), that of each of the last four; with --patches `patches` (n, N, D), the tokens of the
-last block in half precision, row by row of the patch grid. Metadata: `names`, a JSON list, and `image_size`.
+last block in half precision, row by row of the patch grid. Metadata, as JSON: `names`, a list, `image_size`, `crops`.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def main(config: ExtractConfig) -> None:
         if test is not None:  # under the paper protocol `pretrain` holds it already
             rest = (~torch.isin(test.rows, data.pretrain.rows)).nonzero()[:, 0]
             parts += [test[rest]] if len(rest) else []
-    how = {"size": encoder.size, "tokens": config.patches, "workers": config.workers}
+    how = {"size": encoder.size, "crops": config.crops, "tokens": config.patches, "workers": config.workers}
     export_features(config.file, encoder.model, parts, **how)
 
 

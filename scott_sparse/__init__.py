@@ -7,10 +7,11 @@ Axes, in shapes such as `Float[Tensor, "B N D"]`:
 Booleans are named after what True means: `visible`, `hidden = ~visible`.
 
 Reading order:
-    model/       masks (what is hidden), sites and engines (sparse convolutions), tokenizer, vit, losses, jepa, weights
+    model/       masks (what is hidden), sites and engines (sparse convolutions), tokenizer, vit, crops, losses, jepa,
+                 weights
     data/        sources, decode, dataset, views, batches
-    training/    recipe, optim, run, then the loop itself, train/pretrain.py; checkpoint, resume, saver, log, monitor,
-                 choice and plan (--plan)
+    training/    recipe, optim, run, then the loop itself, train/pretrain.py; checkpoint, resume, saver, log;
+                 health, verdict and monitor; choice and plan (--plan)
     evaluation/  encoders, features, metrics, probe, then one file per probe; the scripts are in eval/
 files, distributed, shapes and randomness are used by all of them.
 """

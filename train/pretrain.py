@@ -35,6 +35,7 @@ from scott_sparse.training.plan import FirstSteps
 from scott_sparse.training.resume import TOKENS
 from scott_sparse.training.run import Run, RunFailed, open_run, projections_at, tune_allocator
 from scott_sparse.training.saver import EXIT_RESUME, Interrupted, Saver
+from scott_sparse.training.verdict import final_verdict, what_to_try
 
 
 def main() -> None:
@@ -150,10 +151,14 @@ def compare(run: Run, initial: Encoder, target: Encoder, training: dict) -> None
     mask = {"hide_ratio": recipe.hide_ratio, "mask_shape": recipe.mask_shape}
     images = data.val or data.pretrain
     draw_tokens(run.out / TOKENS, images, initial, target, size=recipe.sides, **mask, device=device)
-    summary = run.write_summary(training, knn)
     if run.val and data.classes:
+        remedy = what_to_try(recipe, len(data.pretrain))
+        training["verdict"] = final_verdict(training["verdict"], knn, n=len(run.val), remedy=remedy)
         terms = recipe.objective.terms
         run.console.print(knn_table(knn, images=len(run.val), classes=len(data.classes), terms=terms))
+    summary = run.write_summary(training, knn)
+    if training["verdict"]:
+        run.console.print(f"verdict: {training['verdict']}", highlight=False)
     run.console.print(
         f"{summary['seconds']:.0f} s in all, {100 * summary['input_share']:.0f} % of training waited for input; "
         f"results in {run.out}: summary.json, tokens.png, encoder.safetensors"

@@ -188,14 +188,6 @@ def make_views(
     return context.unflatten(0, (B, V)), target
 
 
-def center_crop_boxes(sizes: Int[Tensor, "B 2"], *, size: tuple[int, int]) -> Int[Tensor, "B 4"]:
-    """The largest centred box of the aspect ratio of `size` in each image of (height, width) = `sizes`."""
-    aspect = torch.tensor(size)
-    scale = (sizes / aspect).amin(1, keepdim=True)
-    extents = torch.minimum((scale * aspect).round().long().clamp(min=1), sizes)
-    return torch.cat([(sizes - extents) // 2, extents], dim=1)
-
-
 def resize(
     crops: UInt8[Tensor, "B H W 3"], extents: Int[Tensor, "B 2"], flip: Bool[Tensor, " B"], *, size: tuple[int, int]
 ) -> Float[Tensor, "B 3 h w"]:

@@ -97,7 +97,8 @@ class AttentiveProbe:
         assert features.tokens is not None
         for i in settings:
             head = self.heads[i].to(self.device)
-            yield torch.cat([head(part.to(self.device).float()).cpu() for part in features.tokens.split(256)])
+            of_crops = torch.cat([head(part.to(self.device).float()).cpu() for part in features.tokens.split(256)])
+            yield of_crops.unflatten(0, (len(features.pooled), -1)).mean(1)
             head.cpu()
 
 
@@ -112,10 +113,13 @@ def fit_attentive(
 ) -> AttentiveProbe:
     """Train each head at each of `RATES` by AdamW with cosine decay.
 
+    Features of several crops are averaged for the other probes; tokens cannot be, as each crop has others in the same
+    place. Here an epoch takes one crop of each image, the next epoch the next one, and logits are averaged.
+
     Raises ValueError if the width of the tokens does not divide into the attention heads.
     """
     assert features.tokens is not None
-    dim = features.tokens.shape[-1]
+    dim, crops = features.tokens.shape[-1], len(features.tokens) // len(labels)
     if dim % HEADS:
         raise ValueError(f"tokens of width {dim} do not divide into the {HEADS} heads of the attentive probe.")
     kinds = [(name, rate) for name in HEAD_TYPES for rate in RATES]
@@ -131,7 +135,8 @@ def fit_attentive(
             heads.train()
             order = torch.randperm(len(labels), generator=generator_at("order of a probe", epoch))
             for rows in order.split(batch):
-                tokens, expected = features.tokens[rows].to(device).float(), labels[rows].to(device)
+                of_crop = rows * crops + (rows + epoch) % crops
+                tokens, expected = features.tokens[of_crop].to(device).float(), labels[rows].to(device)
                 # Each head has parameters of its own: its gradient of the sum is that of its own loss.
                 losses = torch.stack([F.cross_entropy(head(tokens), expected) for head in heads])
                 optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Frozen features: extracted once, by all processes, from centre crops or random crops, and cached on disk.
+"""Frozen features: extracted once, by all processes, from fixed crops or random crops, and cached on disk.
 
 Batches are the same for any number of processes and are dealt out in turn, so that the features are the same too.
 """
@@ -17,10 +17,11 @@ from torch.utils.data import Dataset
 
 from scott_sparse.data.batches import load
 from scott_sparse.data.images import Images
-from scott_sparse.data.views import ViewConfig, center_crop_boxes, draw_views, resize
+from scott_sparse.data.views import ViewConfig, draw_views, resize
 from scott_sparse.distributed import process_state
 from scott_sparse.evaluation.encoders import ImageEncoder
 from scott_sparse.files import write_atomically
+from scott_sparse.model.crops import fixed_crops
 from scott_sparse.randomness import generator_at
 from scott_sparse.shapes import Bool, Float, Int, Tensor, UInt8
 
@@ -35,8 +36,9 @@ class Features:
 
     pooled: Float[Tensor, "n L C"]
     """One vector for each of the last L blocks."""
-    tokens: Float[Tensor, "n N D"] | None
-    """Tokens of the last block in half precision, if they were asked for."""
+    tokens: Float[Tensor, "m N D"] | None
+    """Tokens of the last block in half precision, if they were asked for.
+    Where `pooled` is averaged over V crops, m = V * n: those of each crop, the crops of an image together."""
 
     @property
     def mean(self) -> Float[Tensor, "n C"]:
@@ -46,30 +48,31 @@ class Features:
 
 def eval_images(images: Images, indices: Int[Tensor, " B"], *, size: tuple[int, int]) -> Float[Tensor, "B 3 h w"]:
     """Evaluation views: the largest centred box of the aspect ratio of `size`, resized to `size`, normalised."""
-    return resize(*_Crops.centred(images, size).read(indices), size=size)
+    return resize(*(part[:, 0] for part in _Crops.fixed(images, size).read(indices)), size=size)
 
 
 @dataclass(frozen=True)
 class _Crops(Dataset):
-    """One crop of each image, in batches of `BATCH`: item j holds the arguments of `resize` for batch j."""
+    """V crops of each image, in batches of `BATCH`: item j holds, for batch j, the arguments of `resize` by crop."""
 
     images: Images
-    boxes: Int[Tensor, "n 4"]
-    flip: Bool[Tensor, " n"]
+    boxes: Int[Tensor, "n V 4"]
+    flip: Bool[Tensor, "n V"]
 
     @classmethod
-    def centred(cls, images: Images, size: tuple[int, int]) -> "_Crops":
-        return cls(images, center_crop_boxes(images.sizes, size=size), torch.zeros(len(images), dtype=torch.bool))
+    def fixed(cls, images: Images, size: tuple[int, int], crops: int = 1) -> "_Crops":
+        boxes, mirrored = fixed_crops(images.sizes, size=size, crops=crops)
+        return cls(images, boxes, mirrored.expand(len(images), -1))
 
     @classmethod
     def random(cls, images: Images, number: int) -> "_Crops":
         """Random resized crops and flips, a function of `number` alone."""
         views = draw_views(images.sizes, CROPS, generator=generator_at("crops of a probe", number))
-        return cls(images, views.boxes[:, 0], views.flip[:, 0])
+        return cls(images, views.boxes, views.flip)
 
-    def read(self, indices: Int[Tensor, " B"]) -> tuple[UInt8[Tensor, "B H W 3"], Tensor, Tensor]:
+    def read(self, indices: Int[Tensor, " B"]) -> tuple[UInt8[Tensor, "B V H W 3"], Tensor, Tensor]:
         boxes = self.boxes[indices]
-        return self.images.crop(indices, boxes[:, None])[:, 0], boxes[:, 2:], self.flip[indices]
+        return self.images.crop(indices, boxes), boxes[..., 2:], self.flip[indices]
 
     def __len__(self) -> int:
         return -(-len(self.images) // BATCH)
@@ -85,34 +88,40 @@ def extract(
     images: Images,
     *,
     size: tuple[int, int],
+    crops: int = 1,
     copies: int = 0,
     tokens: bool = False,
     workers: int = 0,
 ) -> Features | None:
     """Features of the centre crop and of `copies` random crops of each image; None on all but the main process.
 
-    `size` is (height, width) in pixels; `workers` processes read images ahead.
+    With `crops` = 8, which excludes copies, pooled features are means over `fixed_crops`. `size` is (height, width) in
+    pixels; `workers` processes read images ahead.
     """
+    assert crops == 1 or not copies
     state = process_state()
     processes, device = state.num_processes, state.device or torch.device("cpu")
     encoder = encoder.to(device).eval()
 
-    def outputs(crops: _Crops) -> Iterator[tuple[Tensor, ...]]:
+    def outputs(views: _Crops) -> Iterator[tuple[Tensor, ...]]:
         """Pooled features, and tokens if asked for, of this process's batches together with those of the others."""
-        batches = range(state.process_index, -(-len(crops) // processes) * processes, processes)
-        for pixels, extents, flip in load(crops, batches, workers=workers, pin=device.type == "cuda"):
-            pooled, all_tokens = encoder(resize(pixels.to(device, non_blocking=True), extents, flip, size=size))
-            gathered = gather((pooled.float(), all_tokens.half()) if tokens else (pooled.float(),))
+        batches = range(state.process_index, -(-len(views) // processes) * processes, processes)
+        for batch in load(views, batches, workers=workers, pin=device.type == "cuda"):
+            by_crop = zip(*(part.unbind(1) for part in batch))
+            of_crops = [encoder(resize(x.to(device, non_blocking=True), *how, size=size)) for x, *how in by_crop]
+            pooled, all_tokens = (torch.stack(tensors, 1) for tensors in zip(*of_crops))
+            mean = pooled.float().mean(1)
+            gathered = gather((mean, all_tokens.half()) if tokens else (mean,))
             if state.is_main_process:
                 yield tuple(x.cpu() for x in gathered if isinstance(x, Tensor))
 
     parts = []
-    for crops in (_Crops.centred(images, size), *(_Crops.random(images, number) for number in range(copies))):
-        parts.append([torch.cat(batches)[: len(images)] for batches in zip(*outputs(crops))])
+    for views in (_Crops.fixed(images, size, crops), *(_Crops.random(images, number) for number in range(copies))):
+        parts.append([torch.cat(batches)[: len(images)] for batches in zip(*outputs(views))])
     if not state.is_main_process:
         return None
     pooled, *all_tokens = (torch.cat(of_crops) for of_crops in zip(*parts))
-    return Features(pooled, all_tokens[0] if tokens else None)
+    return Features(pooled, all_tokens[0].flatten(0, 1) if tokens else None)
 
 
 def cached_features(path: Path, make: Callable[[], Features | None]) -> Features | None:
@@ -146,10 +155,17 @@ def _read_features(path: Path) -> Features | None:
 
 
 def export_features(
-    path: Path, encoder: ImageEncoder, parts: Sequence[Images], *, size: tuple[int, int], **how
+    path: Path, encoder: ImageEncoder, parts: Sequence[Images], *, size: tuple[int, int], crops: int = 1, **how
 ) -> None:
-    """Write the features of some images, extracted with `how`, for other programs (see eval/extract.py)."""
-    extracted = (extract(encoder, part, size=size, **how) for part in parts)
+    """Write the features of some images, extracted with `how`, for other programs (see eval/extract.py).
+
+    Raises ValueError for the tokens of several crops.
+    """
+    if crops > 1 and how.get("tokens"):
+        raise ValueError(
+            f"--patches writes the tokens of one view, which --crops {crops} averages over; give only one."
+        )
+    extracted = (extract(encoder, part, size=size, crops=crops, **how) for part in parts)
     features = [part for part in extracted if part is not None]
     if not features:  # not the main process
         return
@@ -158,5 +174,6 @@ def export_features(
     if features[0].tokens is not None:
         tensors["patches"] = torch.cat([part.tokens for part in features if part.tokens is not None])
     names = [name for part in parts for name in part.names]
-    write_atomically(path, save(tensors, metadata={"names": json.dumps(names), "image_size": json.dumps(size)}))
+    about = {"names": names, "image_size": size, "crops": crops}
+    write_atomically(path, save(tensors, metadata={key: json.dumps(value) for key, value in about.items()}))
     print(f"{path}: {', '.join(f'{name} {tuple(tensor.shape)}' for name, tensor in tensors.items())}")

@@ -67,8 +67,10 @@ def load_probe_data(config: ProbeConfig, *, tokens: bool = False, copies: int = 
     here: what follows is the main process's work, however long it takes.
 
     Raises ValueError as `open_encoder`, `open_data` and `count_pretrained_test_images`, for data that lack labels, a
-    role or a class, and for features that are not finite.
+    role or a class, for `copies` with several --crops, and for features that are not finite.
     """
+    if copies and config.crops > 1:
+        raise ValueError(f"--copies fits on single random crops, --crops {config.crops} on averages; give only one.")
     state = process_state()
     encoder, source = open_encoder(config), config.source
     data = open_data(source, short_side=short_side_for(encoder.size))
@@ -89,12 +91,13 @@ def load_probe_data(config: ProbeConfig, *, tokens: bool = False, copies: int = 
     key = f"{FORMAT}-{fingerprint(encoder.model)}-{data.fingerprint}"
 
     def features_of(role: str, images: Images, copies: int = 0) -> Features | None:
-        name = f"{key}-{role}-{height}x{width}-{copies}{'-tokens' * tokens}.safetensors"
+        views = copies if config.crops == 1 else f"crops{config.crops}"
+        name = f"{key}-{role}-{height}x{width}-{views}{'-tokens' * tokens}.safetensors"
         path = source.cache_dir / "features" / name
 
         def make() -> Features | None:
-            workers = config.workers
-            return extract(encoder.model, images, size=encoder.size, copies=copies, tokens=tokens, workers=workers)
+            how = {"copies": copies, "workers": config.workers}
+            return extract(encoder.model, images, size=encoder.size, crops=config.crops, tokens=tokens, **how)
 
         return cached_features(path, make)
 

@@ -103,7 +103,8 @@ def collect_results(runs: Iterable[Path]) -> dict[str, dict[str, dict[str, str]]
         table = tables.setdefault(f"{Path(result['data'])}, {result['protocol']} protocol", {})
         cells = table.setdefault(f"{encoder}, {size}", {})
         if result["probe"].startswith("fewshot"):
-            shots = {f"{n} shot{'s' * (n != '1')}": row["top1"] for n, row in result["shots"].items()}
+            settings = result["probe"].removeprefix("fewshot")
+            shots = {f"{n} shot{'s' * (n != '1')}{settings}": row["top1"] for n, row in result["shots"].items()}
             values = {column: f"{top1['mean']:.1f} ± {top1['spread']:.1f}" for column, top1 in shots.items()}
         else:
             low, high = result["test"]["top1_interval"]
@@ -116,8 +117,9 @@ def collect_results(runs: Iterable[Path]) -> dict[str, dict[str, dict[str, str]]
 def print_results(runs: Iterable[Path]) -> None:
     """Print `collect_results` as Markdown tables that are aligned for the terminal."""
     for title, rows in collect_results(runs).items():
-        others = (column for cells in rows.values() for column in cells)
-        columns = [c for c in dict.fromkeys([*FIRST_COLUMNS, *others]) if any(c in cells for cells in rows.values())]
+        columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+        rank = {name: number for number, name in enumerate(FIRST_COLUMNS)}  # knn, knn-crops8, linear, ...
+        columns.sort(key=lambda column: (rank.get(column.split("-")[0], len(rank)), len(column)))
         lines = [["encoder", *columns]]
         lines += [[encoder, *(cells.get(column, "") for column in columns)] for encoder, cells in rows.items()]
         widths = [max(map(len, column)) for column in zip(*lines)]

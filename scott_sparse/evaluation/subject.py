@@ -35,6 +35,9 @@ class ProbeConfig:
     """Which encoder of the run: the EMA target, or the context encoder, which the optimizer trained."""
     image_size: int | tuple[int, int] | None = None
     """Side, or height and width, of the evaluated images in pixels. Default: as in training (timm: as published)."""
+    crops: Literal[1, 8] = 1
+    """Views averaged. 1: the centre crop. 8: features are averaged over the four corners of each image and their mirror
+    images, the attentive probe's logits likewise, for eight times the work."""
     source: DataConfig = DataConfig()
     out: Path | None = None
     """Folder for the results. Default: RUN/eval."""
@@ -46,8 +49,8 @@ class ProbeConfig:
 
     @property
     def own_settings(self) -> dict:
-        """The flags of a subclass that differ from their defaults."""
-        shared = {field.name for field in dataclasses.fields(ProbeConfig)}
+        """--crops and the flags of a subclass, where they differ from their defaults."""
+        shared = {field.name for field in dataclasses.fields(ProbeConfig)} - {"crops"}
         own = {field.name: field.default for field in dataclasses.fields(self) if field.name not in shared}
         return {name: getattr(self, name) for name, default in own.items() if getattr(self, name) != default}
 

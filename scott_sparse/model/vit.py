@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
+from scott_sparse.model.crops import cut_crops
 from scott_sparse.model.tokenizer import TOKENIZERS
 from scott_sparse.shapes import Bool, Float, Tensor
 
@@ -100,6 +101,17 @@ class Encoder(nn.Module):
         if visible is not None:
             tokens = torch.where(visible[..., None], tokens, self.mask_token.to(tokens.dtype))
         return self.transformer(tokens, positions(self.tokenizer.grid(images), tokens))
+
+    def pooled(
+        self, images: Float[Tensor, "B 3 H W"], *, size: tuple[int, int] | None = None, crops: int = 1
+    ) -> Float[Tensor, "B D"]:
+        """One vector for each image, as the probes see it: the mean token of the last block after a LayerNorm.
+
+        With crops=8 it is averaged over fixed crops of the images, for eight times the work (`crops.fixed_crops`).
+        `size`: (height, width) of the views in pixels, if not that of the images; give images as large as they are.
+        """
+        views = cut_crops(images, size=size or (images.shape[2], images.shape[3]), crops=crops)
+        return torch.stack([layer_norm(self(view).float()).mean(1) for view in views]).mean(0)
 
     def last_blocks(self, images: Float[Tensor, "B 3 H W"], count: int) -> list[Float[Tensor, "B N D"]]:
         """Features of whole images after each of the last `count` blocks, in the order of the blocks."""

@@ -1,11 +1,9 @@
-"""Is a run learning, or collapsing? Measures of features that need no labels, and one verdict.
+"""Is a run learning, or collapsing? Measures of features that need no labels; `verdict` says what they mean.
 
 A collapsed encoder says nearly the same of every image: its features span few dimensions. RankMe and LiDAR are soft
 counts of them; the standard deviation of the features goes to 0, the similarity of an image's tokens to 1.
 """
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +12,6 @@ from torch import nn
 
 from scott_sparse.distributed import full_tensor
 from scott_sparse.shapes import Float, Tensor
-
-PATIENCE_REPORTS = 3  # without an improvement, until a run is called stalled
-COLLAPSED_SHARE = 1 / 4  # of the highest RankMe so far
-EQUAL_STD = 1e-3  # of unit-length features times the root of their width: an untrained encoder has .2 to .4
 
 
 @dataclass(frozen=True)
@@ -36,6 +30,10 @@ class Health:
     """k-NN accuracy on val in per cent; None without labels."""
     knn_error: float | None
     """Its standard error, in per cent."""
+    knn_pixels: float | None = None
+    """k-NN accuracy of raw pixels on the same images, in per cent; the same in all reports of a run."""
+    knn_untrained: float | None = None
+    """That of the encoder at step 0; None if there was no report then."""
 
 
 def rankme(features: Float[Tensor, "n C"]) -> float:
@@ -79,31 +77,3 @@ def ema_distance(target: nn.Module, encoder: nn.Module) -> float:
     """|target - encoder| / |encoder| over all parameters; all processes take part."""
     ours, theirs = (torch.cat([full_tensor(p.detach()).flatten() for p in m.parameters()]) for m in (target, encoder))
     return ((ours - theirs).norm() / theirs.norm()).item()
-
-
-def verdict(reports: Sequence[Health]) -> str:
-    """Either "starting", "learning", or "stalled" or "collapsing" with the reason, in one line.
-
-    Collapsing: the features of all images are equal, or RankMe is below a quarter of its highest value in this run.
-    Stalled: in the last three reports neither k-NN has improved by its standard error, nor LiDAR or the loss by one per
-    cent.
-    """
-    now, highest = reports[-1], max(reports, key=lambda report: report.rankme)
-    if now.rankme < COLLAPSED_SHARE * highest.rankme:
-        return f"collapsing: RankMe fell from {highest.rankme:.0f} to {now.rankme:.0f}"
-    if now.std < EQUAL_STD:
-        return f"collapsing: the features of all images are equal (standard deviation {now.std:.2g})"
-    earlier, recent = reports[:-PATIENCE_REPORTS], reports[-PATIENCE_REPORTS:]
-    if not earlier:
-        return "learning" if len(reports) > 1 else "starting"
-    improved = [max(r.lidar for r in recent) > 1.01 * max(r.lidar for r in earlier)]
-    losses_before, losses_since = ([r.loss for r in part if r.loss is not None] for part in (earlier, recent))
-    improved.append(not losses_before or min(losses_since, default=math.inf) < 0.99 * min(losses_before))
-    measures = "LiDAR nor the loss"
-    if now.knn is not None:
-        knn_before, knn_since = ([(r.knn or 0.0, r.knn_error or 0.0) for r in part] for part in (earlier, recent))
-        improved.append(max(knn_since)[0] > sum(max(knn_before)))
-        measures = f"k-NN, {measures}"
-    return (
-        "learning" if any(improved) else f"stalled: neither {measures} has improved since epoch {earlier[-1].epoch:g}"
-    )

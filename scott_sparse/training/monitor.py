@@ -16,16 +16,17 @@ from accelerate.utils import broadcast_object_list
 
 from scott_sparse.data.images import Images
 from scott_sparse.distributed import all_mean_with_grad
-from scott_sparse.evaluation.encoders import FrozenEncoder
-from scott_sparse.evaluation.features import extract
+from scott_sparse.evaluation.encoders import FrozenEncoder, ImageEncoder, Pixels
+from scott_sparse.evaluation.features import Features, extract
 from scott_sparse.evaluation.knn import knn_accuracy
 from scott_sparse.files import write_atomically
 from scott_sparse.model.vit import Encoder
 from scott_sparse.randomness import generator_at
 from scott_sparse.shapes import Float, Tensor
-from scott_sparse.training.health import Health, ema_distance, feature_std, lidar, rankme, token_similarity, verdict
+from scott_sparse.training.health import Health, ema_distance, feature_std, lidar, rankme, token_similarity
 from scott_sparse.training.resume import REPORTS
 from scott_sparse.training.run import Run, RunFailed
+from scott_sparse.training.verdict import standard_error, verdict, what_to_try
 
 MAX_BANK_IMAGES, MAX_QUERY_IMAGES = 4096, 1024
 LIDAR_IMAGES, LIDAR_VIEWS = 128, 4
@@ -45,10 +46,10 @@ class OnlineReport:
         self.bank, self.viewed = sample(bank, MAX_BANK_IMAGES), sample(data.pretrain, LIDAR_IMAGES)
         self.queries = None if queries is None else sample(queries, MAX_QUERY_IMAGES)
         counts = {"bank": (len(self.bank), len(bank)), "queries": (len(self.queries or ()), len(queries or ()))}
-        sampled = [f"{name}: {n:,} of {every:,} images" for name, (n, every) in counts.items() if n < every]
-        self.sampled = f" ({', '.join(sampled)})" if sampled else ""
+        self.sampled = [f"{name}: {n:,} of {every:,} images" for name, (n, every) in counts.items() if n < every]
         self.path = run.out / REPORTS
-        self.reports: list[Health] = []
+        self.reports: list[Health] = []  # on the main process only
+        self.is_first = True  # report, which is also that of raw pixels
         self.losses: list[Tensor] = []  # since the last report, on the device
         self.seconds, self.verdict = 0.0, ""
 
@@ -64,6 +65,7 @@ class OnlineReport:
             self.reports = [Health(**report) for report in state["reports"]]
         except TypeError as error:
             raise ValueError(f"the checkpoint's reports are not those of a run: {error}") from None
+        self.is_first = not self.reports
         self.losses = list(torch.tensor(state["losses"], device=self.run.accelerator.device))
         if self.reports and self.run.accelerator.is_main_process:
             self.write()
@@ -82,6 +84,7 @@ class OnlineReport:
         started, epoch = time.perf_counter(), done / self.run.steps_per_epoch
         health = self.examine(epoch)
         self.losses.clear()
+        self.is_first = False
         if health is not None:
             self.reports.append(health)
             self.write()
@@ -93,7 +96,10 @@ class OnlineReport:
 
     def write(self) -> None:
         """Find the verdict, and write all reports anew; if the disk is full, the next report tries again."""
-        verdicts = [verdict(self.reports[: i + 1]) for i in range(len(self.reports))]
+        warmup = self.run.schedules.warmup_steps / self.run.steps_per_epoch
+        remedy = what_to_try(self.run.recipe, len(self.run.data.pretrain))
+        until = (self.reports[: i + 1] for i in range(len(self.reports)))
+        verdicts = [verdict(reports, warmup_epochs=warmup, remedy=remedy) for reports in until]
         self.verdict = verdicts[-1]
         rows = [{**dataclasses.asdict(report), "verdict": words} for report, words in zip(self.reports, verdicts)]
         try:
@@ -105,7 +111,10 @@ class OnlineReport:
         """All processes extract features; the main process gets the report."""
         model, size = FrozenEncoder(self.target), self.run.recipe.sides
         bank = extract(model, self.bank, size=size)
-        queries = None if self.queries is None else extract(model, self.queries, size=size)
+        knn, knn_pixels = self.knn(model, bank), None
+        if self.is_first and self.queries is not None:
+            pixels = Pixels(self.run.recipe.patch_size)
+            knn_pixels = self.knn(pixels, extract(pixels, self.bank, size=size))
         viewed = extract(model, self.viewed, size=size, copies=LIDAR_VIEWS - 1, tokens=True)
         loss = None
         if self.losses:
@@ -114,12 +123,6 @@ class OnlineReport:
         distance = ema_distance(self.target, self.encoder)
         if bank is None or viewed is None or viewed.tokens is None:
             return None
-        knn = knn_error = None
-        if self.queries is not None and queries is not None:
-            assert self.bank.labels is not None and self.queries.labels is not None
-            knn, n = knn_accuracy(bank.mean, self.bank.labels, queries.mean, self.queries.labels), len(self.queries)
-            share = (knn / 100 * n + 1) / (n + 2)  # never 0 or 1
-            knn_error = 100 * (share * (1 - share) / n) ** 0.5
         n = len(self.viewed)
         numbers = {
             "rankme": rankme(bank.mean),
@@ -129,11 +132,30 @@ class OnlineReport:
             "ema_distance": distance,
         }
         numbers = {name: float(f"{number:.4g}") for name, number in numbers.items()}
-        return Health(epoch=round(epoch, 3), loss=loss, **numbers, knn=knn, knn_error=knn_error)
+        untrained = knn if epoch == 0 else None
+        if self.reports:
+            knn_pixels, untrained = self.reports[0].knn_pixels, self.reports[0].knn_untrained
+        error = None if knn is None or self.queries is None else standard_error(knn, len(self.queries))
+        return Health(
+            round(epoch, 3), loss, **numbers, knn=knn, knn_error=error, knn_pixels=knn_pixels, knn_untrained=untrained
+        )
+
+    def knn(self, model: ImageEncoder, bank: Features | None) -> float | None:
+        """k-NN accuracy on val by the features of the bank; None without labels, and on all but the main process."""
+        if self.queries is None:
+            return None
+        queries = extract(model, self.queries, size=self.run.recipe.sides)
+        if bank is None or queries is None:
+            return None
+        assert self.bank.labels is not None and self.queries.labels is not None
+        return knn_accuracy(bank.mean, self.bank.labels, queries.mean, self.queries.labels)
 
     def line(self, health: Health) -> str:
-        """A report as it is printed; it says where k-NN looks at a sample of the images."""
-        knn = f"k-NN on val {health.knn:.1f} ± {health.knn_error:.1f} %{self.sampled}, " if self.queries else ""
+        """A report as it is printed: k-NN beside its baselines, and where it looks at a sample of the images."""
+        baselines = {"pixels": health.knn_pixels, "untrained": health.knn_untrained if health.epoch else None}
+        notes = [f"{name} {accuracy:.1f}" for name, accuracy in baselines.items() if accuracy is not None]
+        about = f" ({', '.join([*notes, *self.sampled])})" if notes or self.sampled else ""
+        knn = f"k-NN on val {health.knn:.1f} ± {health.knn_error:.1f} %{about}, " if self.queries else ""
         return (
             f"epoch {health.epoch:g}: {knn}RankMe {health.rankme:.0f}, LiDAR {health.lidar:.0f}, std {health.std:.2f}, "
             f"token similarity {health.token_similarity:.2f}, EMA distance {health.ema_distance:.3f}: {self.verdict}"

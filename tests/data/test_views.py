@@ -18,11 +18,11 @@ from scott_sparse.data.views import (
     OPS,
     ViewConfig,
     Views,
-    center_crop_boxes,
     draw_views,
     make_views,
     resize,
 )
+from scott_sparse.model.crops import fixed_crops
 
 ORACLE = {
     "brightness": TF.adjust_brightness,
@@ -291,7 +291,7 @@ def test_hopeless_ratios_fall_back_to_the_centre():
 def test_center_crop_boxes_are_the_largest_centred_ones():
     sizes = torch.tensor([[40, 60], [40, 20], [1, 7]])
     boxes = torch.tensor([[10, 0, 20, 60], [16, 0, 7, 20], [0, 2, 1, 3]])
-    assert torch.equal(center_crop_boxes(sizes, size=(8, 24)), boxes)
+    assert torch.equal(fixed_crops(sizes, size=(8, 24))[0][:, 0], boxes)
     image = random_bytes(3, 40, 60)
     upright = torch.zeros(3, dtype=torch.bool)
     ours = resize(padded_crops(image, boxes), boxes[:, 2:], upright, size=(8, 24))

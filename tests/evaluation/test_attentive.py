@@ -47,6 +47,21 @@ def test_heads_are_trained_as_if_alone(monkeypatch):
     torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
 
 
+def test_logits_are_averaged_over_crops(monkeypatch):
+    """One crop of each image an epoch: eight equal crops train the head of one, and give its logits."""
+    monkeypatch.setattr(attentive, "HEAD_TYPES", {"simple": HEAD_TYPES["simple"]})
+    one, labels = one_informative_token(60, 0)
+    equal = Features(one.pooled, one.tokens.repeat_interleave(8, 0))
+    single, eight = (fit_attentive(x, labels, classes=3, device=CPU, epochs=2) for x in (one, equal))
+    (expected,), (logits,) = single.logits(one, [5]), eight.logits(equal, [5])
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+    # The informative token in one crop of two, noise in the other: 2 * i and 2 * i + 1 are of image i.
+    mixed = Features(one.pooled, torch.stack([one.tokens, torch.zeros_like(one.tokens)], 1).flatten(0, 1))
+    (blank,) = single.logits(Features(one.pooled, torch.zeros_like(one.tokens)), [5])
+    (logits,) = single.logits(mixed, [5])
+    torch.testing.assert_close(logits, (expected + blank) / 2, atol=1e-5, rtol=1e-4)
+
+
 def test_same_result_twice_without_touching_the_global_generator():
     features, labels = one_informative_token(60, 0)
     before = torch.random.get_rng_state()

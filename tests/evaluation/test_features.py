@@ -9,8 +9,10 @@ from conftest import TINY
 
 from scott_sparse import Encoder
 from scott_sparse.data.dataset import Images
+from scott_sparse.data.views import IMAGENET_MEAN, IMAGENET_STD, resize
 from scott_sparse.evaluation.encoders import FrozenEncoder, Pixels, TimmModel, fingerprint
 from scott_sparse.evaluation.features import BATCH, Features, cached_features, eval_images, extract
+from scott_sparse.model.crops import fixed_crops
 from scott_sparse.model.vit import layer_norm
 
 SIZE = (16, 24)
@@ -58,6 +60,26 @@ def test_copies_are_crops_of_the_same_images(encoder, images):
     one, two = copies[n : 2 * n], copies[2 * n :]
     assert not torch.isclose(one, two).all(1).any() and not torch.isclose(one, whole).all(1).any()
     assert torch.equal(extract(model, images, size=SIZE, copies=1).mean[n:], one)
+
+
+@torch.inference_mode()
+def test_features_averaged_over_crops(encoder, images):
+    """Against a loop over images; tokens are those of each crop. A user's own tensors give the same."""
+    features = extract(FrozenEncoder(encoder), images, size=SIZE, crops=8, tokens=True)
+    assert features.pooled.shape == (len(images), 3, 32) and features.tokens.shape == (8 * len(images), 6, 32)
+    boxes, mirrored = fixed_crops(images.sizes, size=SIZE, crops=8)
+    for i in (0, 1, len(images) - 1):
+        crops = [images.crop(torch.tensor([i]), box[None, None])[0] for box in boxes[i]]
+        views = [
+            resize(crop, box[None, 2:], flip[None], size=SIZE) for crop, box, flip in zip(crops, boxes[i], mirrored)
+        ]
+        tokens = torch.stack([layer_norm(encoder(view))[0] for view in views])
+        torch.testing.assert_close(features.mean[i], tokens.mean((0, 1)), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(features.tokens[8 * i : 8 * i + 8].float(), tokens, atol=5e-3, rtol=1e-3)
+        whole = torch.from_numpy(images.read(i)).permute(2, 0, 1)[None] / 255
+        whole = (whole - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
+        ours = encoder.pooled(whole, size=SIZE, crops=8)[0]
+        torch.testing.assert_close(ours, features.mean[i], atol=0.05, rtol=0)  # pixels here are not rounded to bytes
 
 
 @pytest.fixture

@@ -292,6 +292,39 @@ def test_extract(run_folder, photos_folder, tmp_path, capsys):
     assert "embeddings (96, 32)" in capsys.readouterr().out
 
 
+def test_crops_are_a_setting_of_every_probe(run_folder, photos_folder, tmp_path, capsys):
+    """Of their own result files, features in the cache and columns of the table; 1 is what there was before."""
+    for script in SCRIPTS:
+        for crops in (1, 8):
+            result = evaluate(script, run_folder, photos_folder, tmp_path, crops=crops)
+            assert result["settings"].get("crops", 1) == crops and result["test"]["n"] == 24
+    assert (
+        len(list((tmp_path / "eval").glob("*crops8*.json")))
+        == len(SCRIPTS)
+        == len(list((tmp_path / "eval").glob("*.json"))) / 2
+    )
+    capsys.readouterr()
+    table.main(table.TableConfig((tmp_path,)))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    shots = " | ".join(f"{n} shots".replace("1 shots", "1 shot") for n in (1, 5, 10))
+    head = "| encoder | knn | knn-crops8 | linear | linear-crops8 | attentive-epochs10 | attentive-crops8-epochs10 |"
+    assert (
+        any(line.startswith(head) for line in lines)
+        and ";" not in "".join(lines)
+        and shots.split(" | ")[0] in "".join(lines)
+    )
+    file = tmp_path / "features.safetensors"
+    source = DataConfig(data=str(photos_folder), cache_dir=tmp_path)
+    config = extract.ExtractConfig(run=str(run_folder), source=source, file=file, crops=8)
+    extract.main(config)
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["crops"] == "8" and opened.get_tensor("embeddings").shape == (96, 32)
+    with pytest.raises(ValueError, match="--patches writes the tokens of one view"):
+        extract.main(dataclasses.replace(config, patches=True))
+    with pytest.raises(ValueError, match="--copies fits on single random crops, --crops 8 on averages"):
+        evaluate("linear", run_folder, photos_folder, tmp_path, crops=8, copies=2)
+
+
 def test_unlabelled_test_images_are_extracted(run_folder, tmp_path):
     root = tmp_path / "photos"
     for name in (*(f"train/{label}/{i}" for label in "ab" for i in range(4)), "test/0", "test/1"):

@@ -1,11 +1,9 @@
-"""Ranks of features whose rank is known, and the verdict on histories."""
-
-import dataclasses
+"""Ranks of features whose rank is known."""
 
 import pytest
 import torch
 
-from scott_sparse.training.health import Health, ema_distance, feature_std, lidar, rankme, token_similarity, verdict
+from scott_sparse.training.health import ema_distance, feature_std, lidar, rankme, token_similarity
 
 
 def noise(*shape, seed=0):
@@ -45,35 +43,3 @@ def test_ema_distance():
     a, b = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     b.load_state_dict({name: 1.1 * tensor for name, tensor in a.state_dict().items()})
     assert ema_distance(a, a) == 0 and ema_distance(b, a) == pytest.approx(0.1, abs=1e-5)
-
-
-def history(**numbers):
-    """Reports at epochs 0, 1, ..., with the series given and constants for the rest."""
-    length = len(next(iter(numbers.values())))
-    constant = Health(0.0, 1.0, 50.0, 20.0, 0.5, 0.5, 0.1, None, None)
-    rows = [{name: series[i] for name, series in numbers.items()} for i in range(length)]
-    return [dataclasses.replace(constant, epoch=float(i), **row) for i, row in enumerate(rows)]
-
-
-@pytest.mark.parametrize(
-    "series, expected",
-    [
-        ({"rankme": [180.0]}, "starting"),
-        ({"std": [0.0]}, "collapsing: the features of all images are equal (standard deviation 0)"),
-        ({"rankme": [180.0, 100.0]}, "learning"),
-        ({"rankme": [60.0, 180.0, 90.0, 12.0]}, "collapsing: RankMe fell from 180 to 12"),
-        ({"loss": [1.0, 0.9, 0.8, 0.7, 0.6]}, "learning"),
-        ({"loss": [1.0] * 5}, "stalled: neither LiDAR nor the loss has improved since epoch 1"),
-        ({"loss": [1.0] * 5, "lidar": [10.0, 11.0, 12.0, 13.0, 14.0]}, "learning"),
-        ({"loss": [None, 1.0, 1.2, 1.2, 1.2]}, "stalled: neither LiDAR nor the loss has improved since epoch 1"),
-        ({"loss": [1.0, 0.8, 0.6, None, 0.4]}, "learning"),
-        ({"loss": [1.0, 1.0, None, None, None]}, "stalled: neither LiDAR nor the loss has improved since epoch 1"),
-        ({"knn": [10.0, 12.0, 20.0, 30.0, 40.0], "knn_error": [2.0] * 5}, "learning"),
-        (
-            {"knn": [10.0, 12.0, 13.0, 12.0, 11.0], "knn_error": [2.0] * 5},
-            "stalled: neither k-NN, LiDAR nor the loss has improved since epoch 1",
-        ),
-    ],
-)
-def test_verdict(series, expected):
-    assert verdict(history(**series)) == expected

@@ -6,6 +6,7 @@ import pretrain
 import pytest
 import torch
 from conftest import TINY_RUN, run_pretraining
+from PIL import Image
 from safetensors.torch import load_file
 
 from scott_sparse.evaluation import report as final
@@ -45,11 +46,15 @@ def test_reports_of_a_run_are_comparable(labelled, pretrained):
         assert 0 <= row["knn"] <= 100 and row["knn_error"] > 0
         assert 1 <= row["rankme"] <= 96 and 1 <= row["lidar"] <= 96 and 0 < row["std"] <= 1.1
         assert -1 <= row["token_similarity"] <= 1
-    assert printed.count("k-NN on val ") == 5 and ": learning" in printed and "bank" not in printed
+        assert row["knn_untrained"] == rows[0]["knn"] and row["knn_pixels"] == rows[0]["knn_pixels"]
+    assert printed.count("k-NN on val ") == 5 and "bank" not in printed
+    pixels, untrained = rows[0]["knn_pixels"], rows[0]["knn"]
+    assert f" % (pixels {pixels:.1f}), RankMe" in printed
+    assert printed.count(f" % (pixels {pixels:.1f}, untrained {untrained:.1f}), RankMe") == 4
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["verdict"] == rows[-1]["verdict"] and summary["report_share"] > 0
-    assert summary["knn"]["init"] == round(rows[0]["knn"], 2)
-    assert summary["knn"]["pretrained"] == round(rows[-1]["knn"], 2)
+    assert summary["report_share"] > 0 and f"verdict: {summary['verdict']}" in printed
+    accuracies = {"pixels": pixels, "init": untrained, "pretrained": rows[-1]["knn"]}
+    assert summary["knn"] == {name: round(accuracy, 2) for name, accuracy in accuracies.items()}
 
     out, _, _ = pretrained(labelled, *flags, "--report-every", 2)
     for row, same in zip(reports(out), rows[::2], strict=True):
@@ -59,16 +64,17 @@ def test_reports_of_a_run_are_comparable(labelled, pretrained):
 def test_a_sample_is_named(labelled, pretrained, monkeypatch):
     monkeypatch.setattr(monitor, "MAX_BANK_IMAGES", 32)
     _, printed, _ = pretrained(labelled)
-    assert printed.count(" % (bank: 32 of 54 images), RankMe") == 3
+    assert printed.count(", bank: 32 of 54 images), RankMe") == 3
     monkeypatch.setattr(monitor, "MAX_QUERY_IMAGES", 4)
     _, printed, _ = pretrained(labelled)
-    assert printed.count(" % (bank: 32 of 54 images, queries: 4 of 6 images), RankMe") == 3
+    assert printed.count(", bank: 32 of 54 images, queries: 4 of 6 images), RankMe") == 3
 
 
 def test_without_labels(photos, pretrained):
     out, printed, _ = pretrained(photos({".": 30}))
     assert [row["knn"] for row in reports(out)] == [None] * 3
-    assert "RankMe" in printed and "k-NN" not in printed
+    assert "RankMe" in printed and "k-NN" not in printed and "pixels" not in printed
+    assert all(row["knn_pixels"] is row["knn_untrained"] is None for row in reports(out))
 
 
 def test_without_labels_but_with_splits(photos, pretrained):
@@ -122,3 +128,33 @@ def test_stop_on_collapse(labelled, pretrained, monkeypatch):
     out, printed, code = pretrained(labelled, "--epochs", 4)
     assert code is None and "collapsing: RankMe fell" in printed
     assert json.loads((out / "summary.json").read_text())["verdict"].startswith("collapsing")
+
+
+def test_a_run_that_ends_below_its_start_says_so(tmp_path, pretrained, monkeypatch):
+    """Noise with a faint tint by class, which an untrained encoder sees best; the target is made random at reports."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 20), ("val", 25), ("test", 2)):
+        for channel, name in enumerate("abc"):
+            for i in range(count):
+                pixels = torch.randint(0, 200, (40, 40, 3), generator=generator)
+                pixels[..., channel] += 10
+                path = tmp_path / "photos" / split / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels.byte().numpy()).save(path)
+    examine = monitor.OnlineReport.examine
+
+    def spoil(self, epoch):
+        if epoch:
+            torch.manual_seed(1)
+            for p in self.target.parameters():
+                p.data.normal_()
+        return examine(self, epoch)
+
+    monkeypatch.setattr(monitor.OnlineReport, "examine", spoil)
+    out, printed, code = pretrained(tmp_path / "photos", "--epochs", 3)
+    words = json.loads((out / "summary.json").read_text())["verdict"]
+    remedy = "; try --colour 0 (colours unchanged) or --cross-crop-weight 0 --epochs 2223 (MIM-JEPA alone)"
+    assert code is None and words == f"worse than untrained{remedy}"
+    assert printed.count("starting") == 2 and "learning" not in printed
+    assert reports(out)[-1]["verdict"] == f"worse than untrained so far{remedy}"
+    assert f"{reports(out)[-1]['verdict']} epoch" in printed and f"verdict: {words}" in printed

@@ -22,7 +22,7 @@ from conftest import ROOT, TINY_RUN, run_pretraining, write_photo
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from scott_sparse.training import checkpoint, resume, saver
+from scott_sparse.training import checkpoint, monitor, resume, saver
 
 FLAGS = [*TINY_RUN, "--epochs", 4, "--report-every", 1, "--dropout", 0.1, "--drop-path", 0.1, "--log-every", 3]
 STEPS = 16
@@ -127,6 +127,14 @@ def test_cut_twice_is_the_same_run(engine, precision, train, tmp_path, monkeypat
     summary = json.loads((tmp_path / "cut" / "summary.json").read_text())
     assert summary["steps"] == STEPS and summary["mixed_precision"] == precision
     AcceleratorState._reset_state(True)
+
+
+def test_raw_pixels_are_not_measured_again(cut, finished, train, tmp_path):
+    """Nor the untrained encoder: a resumed run has them from its checkpoint."""
+    with mock.patch.object(monitor, "Pixels", side_effect=AssertionError):
+        assert train("run")[0] is None
+    reports = (tmp_path / "run" / "reports.jsonl").read_text()
+    assert reports == (finished / "reports.jsonl").read_text() and reports.count('"knn_pixels": null') == 0
 
 
 @pytest.mark.slow

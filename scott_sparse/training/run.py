@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import math
 import os
 import platform
 import resource
@@ -25,6 +26,7 @@ from scott_sparse.distributed import full_state_dict, main_then_broadcast, on_al
 from scott_sparse.files import write_json
 from scott_sparse.model.jepa import MIMJEPA, make_target
 from scott_sparse.model.losses import draw_projections
+from scott_sparse.model.masks import visible_count
 from scott_sparse.model.tokenizer import TOKENIZERS
 from scott_sparse.model.vit import Encoder
 from scott_sparse.model.weights import save_encoder
@@ -188,7 +190,8 @@ def open_run(arguments: list[str]) -> Run:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix is multiplied
         torch.use_deterministic_algorithms(True)
     set_seed(recipe.seed)
-    model = MIMJEPA(recipe.encoder, recipe.objective, engine=recipe.engine)
+    count = visible_count(math.prod(recipe.grid), recipe.hide_ratio)
+    model = MIMJEPA(recipe.encoder, recipe.objective, engine=recipe.engine, count=count)
     lock, precision = FileLock(out / ".lock"), accelerator.mixed_precision
     checkpoint = main_then_broadcast(lambda: open_folder(name, recipe, out, data, precision, console, lock))
     return Run(name, recipe, out, accelerator, data, model, engine, console, checkpoint, lock, started)

@@ -29,7 +29,7 @@ class SpConv:
     """
 
     def __init__(self, active: ActiveSites):
-        self.active = active
+        self.active, self.halo = active, Halo(active)
 
     @staticmethod
     def failure(device: torch.device) -> str | None:
@@ -49,7 +49,7 @@ class SpConv:
         if len(blocks) == 0:  # spconv raises on empty input; the weight still gets its gradient, zero
             return blocks @ kernel[:, 0, 0].T
         library = import_spconv()
-        pairs, counts = rulebook(self.active, side)
+        pairs, counts = rulebook(self.halo.neighbours, side)
         return library.functional.indice_conv(blocks, kernel, pairs, counts, len(blocks), library.ConvAlgo.Native)
 
     def relu(self, x):
@@ -57,7 +57,7 @@ class SpConv:
 
     def pool(self, x):
         with torch.autocast(x.features.device.type, enabled=False):
-            return self.tensor(Halo(self.active).pool(self.patches(x)))
+            return self.tensor(self.halo.pool(self.patches(x)))
 
     def leave(self, x) -> Float[Tensor, "S D"]:
         return x.features
@@ -88,22 +88,22 @@ def site_indices(active: ActiveSites, side: int) -> Int[Tensor, "n 3"]:
     return sites.reshape(-1, 3).int().contiguous()
 
 
-def rulebook(active: ActiveSites, side: int) -> tuple[Int[Tensor, "2 k n"], Int[Tensor, " k"]]:
+def rulebook(neighbours: Int[Tensor, "5 5 S"], side: int) -> tuple[Int[Tensor, "2 k n"], Int[Tensor, " k"]]:
     """Pairs (input block, output site) for each of the k = 16 kernel positions, at `side` output sites per patch.
 
     `pairs[0, k, :counts[k]]` are rows of the block features, `pairs[1, k, :counts[k]]` rows of the output. Within a
     patch the sites of one kernel position read from at most four patches.
     """
-    device = active.patch.device
+    device, patches = neighbours.device, neighbours.shape[-1]
 
     @functools.cache
     def first_sites(down: int, right: int) -> tuple[Tensor, Tensor]:
         """First site of each visible patch that has a visible neighbour there, and first site of that neighbour."""
-        there = active.neighbours[REACH + down, REACH + right].int()
-        here = (there < len(active)).nonzero()[:, 0]
+        there = neighbours[REACH + down, REACH + right].int()
+        here = (there < patches).nonzero()[:, 0]
         return here.int() * side**2, there[here] * side**2
 
-    pairs = torch.full((2, len(BLOCKS) ** 2, len(active) * side**2), -1, dtype=torch.int32, device=device)
+    pairs = torch.full((2, len(BLOCKS) ** 2, patches * side**2), -1, dtype=torch.int32, device=device)
     counts = []
     for position, sources in enumerate(_sources(side, device)):
         count = 0

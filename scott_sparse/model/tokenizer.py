@@ -15,6 +15,7 @@ from torch import nn
 
 from scott_sparse.model.engines import ENGINES, Engine, check_engine, choose_engine
 from scott_sparse.model.engines.dense import Dense
+from scott_sparse.model.engines.spconv import choose_package
 from scott_sparse.model.sites import KERNEL, ActiveSites
 from scott_sparse.shapes import Bool, Float, Int, Tensor
 
@@ -159,7 +160,8 @@ class SparseTokenizer(Tokenizer):
 
     @classmethod
     def engine_name(cls, engine: str, device: torch.device, *, visible_share: float, dim: int) -> str:
-        return choose_engine(engine, device, visible_share=visible_share, dim=dim)
+        name = choose_engine(engine, device, visible_share=visible_share, dim=dim)
+        return f"spconv (package {choose_package(str(device))[0]})" if name == "spconv" else name
 
     def in_graphs(self, device: torch.device) -> bool:
         return self.engine in ("dense", "halo") or (self.engine == "auto" and device.type == "cpu")
@@ -172,12 +174,13 @@ class SparseTokenizer(Tokenizer):
             share = len(active) / max(active.visible.numel(), 1)
             name = choose_engine(self.engine, images.device, visible_share=share, dim=self.dim)
             engine = ENGINES[name](active)
-        x = engine.enter(images)
+        x = engine.enter(images.to(self.kernels[0].dtype))
         for kernel, pool in zip(self.kernels, self.pools):
             x = engine.relu(engine.conv(x, kernel))
             if pool:
                 x = engine.pool(x)
-        return engine.leave(x)
+        tokens = engine.leave(x)  # a pool on a CPU, and all of spconv, compute in fp32
+        return tokens if torch.is_autocast_enabled(images.device.type) else tokens.to(self.kernels[0].dtype)
 
 
 class PatchTokenizer(Tokenizer):
@@ -192,7 +195,7 @@ class PatchTokenizer(Tokenizer):
 
     def _packed(self, images: Float[Tensor, "B 3 H W"], active: ActiveSites | None) -> Float[Tensor, "S D"]:
         p = self.patch_size
-        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+        patches = rearrange(images.to(self.proj.weight.dtype), "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
         chosen = patches.flatten(0, 1) if active is None else patches[active.image, active.patch]
         return F.linear(chosen, self.proj.weight.flatten(1), self.proj.bias)
 

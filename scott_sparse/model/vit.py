@@ -80,7 +80,10 @@ class EncoderConfig:
 
 
 class Encoder(nn.Module):
-    """Tokenizer and Transformer: images (B, 3, H, W) to features (B, N, D), for any grid."""
+    """Tokenizer and Transformer: images (B, 3, H, W) to features (B, N, D), for any grid.
+
+    After `.half()` or `.bfloat16()` images of any precision are taken, and features have that of the weights.
+    """
 
     def __init__(self, config: EncoderConfig, *, engine: str = "auto"):
         super().__init__()

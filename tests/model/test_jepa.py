@@ -123,6 +123,27 @@ def test_packed_context_equals_all_when_everything_is_visible():
     assert torch.allclose(encoder.forward_visible(images, everything), encoder(images), atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype, most", [(torch.half, 2e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("engine", ["dense", "halo", "spconv", "patch"])
+def test_encoders_in_half_precision(engine, dtype, most):
+    """With initial weights and three blocks, relative to fp32. Each block adds its own rounding."""
+    tokenizer, engine = ("patch", "auto") if engine == "patch" else ("scott", engine)
+    encoder = Encoder(EncoderConfig.named("demo", tokenizer=tokenizer), engine=engine).requires_grad_(False)
+    images, visible = torch.randn(2, 3, 64, 80), draw_visible(2, (4, 5), hide_ratio=0.6)
+    ways = {
+        "all": lambda images: encoder(images),
+        "mask tokens": lambda images: encoder(images, visible),
+        "visible": lambda images: encoder.forward_visible(images, visible),
+    }
+    expected = {name: way(images) for name, way in ways.items()}
+    encoder.to(dtype)
+    for name, way in ways.items():
+        for given in (images, images.to(dtype)):
+            found = way(given)
+            error = (found.float() - expected[name]).norm() / expected[name].norm()
+            assert found.dtype == dtype and error < most, (name, error)
+
+
 def test_uneven_masks_cannot_be_packed():
     visible = torch.ones(2, 12, dtype=torch.bool)
     visible[0, 0] = False

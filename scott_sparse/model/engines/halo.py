@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from scott_sparse.model.engines.dense import blur_downsample, conv_dtype, max_pool_2x2
 from scott_sparse.model.sites import KERNEL, PADDING, REACH, ActiveSites
-from scott_sparse.shapes import Float, Int, Tensor
+from scott_sparse.shapes import Float, Tensor
 
 
 class Halo:

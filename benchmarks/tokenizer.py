@@ -152,11 +152,14 @@ def measure(name: str, share: float, settings: Settings, device: torch.device) -
     tokenizers = forms(dim, patch, stem, settings.forms, device)
     times = {(form, backward): [] for form in tokenizers for backward in (False, True)}
     expected = tokenizers["dense"][0].packed(images, visible)[0]
+    count = int(visible[0].sum())
     for repeat in range(settings.repeats + 2):
         for (form, backward), found in times.items():
             tokenizer, precision = tokenizers[form]
-            shown = torch.ones_like(visible) if form.startswith("unmasked") else visible
-            milliseconds, tokens = once(tokenizer, images, shown, precision, backward)
+            shown, n = (
+                (torch.ones_like(visible), grid[0] * grid[1]) if form.startswith("unmasked") else (visible, count)
+            )
+            milliseconds, tokens = once(tokenizer, images, shown, n, precision, backward)
             if not form.startswith("unmasked"):
                 error = ((tokens - expected).norm() / expected.norm()).item()
                 assert error < (1e-5 if precision == "fp32" and device.type == "cpu" else 2e-2), f"{form}: {error}"
@@ -170,13 +173,13 @@ def measure(name: str, share: float, settings: Settings, device: torch.device) -
     return row
 
 
-def once(tokenizer, images, visible, precision: str, backward: bool):
+def once(tokenizer, images, visible, count: int, precision: str, backward: bool):
     synchronize = torch.cuda.synchronize if images.is_cuda else (lambda: None)
     synchronize()
     started = time.perf_counter()
     with torch.set_grad_enabled(backward):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            tokens = tokenizer.packed(images, visible)[0]
+            tokens = tokenizer.packed(images, visible, count=count)[0]
         if backward:
             tokens.float().sum().backward()
     synchronize()

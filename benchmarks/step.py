@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                                  # the cases of what is here, a CPU or a GPU
     python benchmarks/step.py --only "paper 224, 16" --json step.json
+    python benchmarks/step.py --only "paper 224, 256" --forms bf16 "bf16 compile" --engine halo
     python benchmarks/step.py --only SCALE                     # by image side, patch size and width
 
 The step is that of train/pretrain.py: views of decoded images, masks, both encoders, predictor, loss, backward,
@@ -9,7 +10,7 @@ clipping, AdamW, EMA. The plain way: fp32, attention by einsum with its weights 
 mask tokens in the context encoder, optimizer and EMA one tensor after the other, masks drawn in a Python loop. The
 limit: the rate of a large matrix product in the same precision, and of a copy. FLOPs are those of the step on the dense
 engine, forward and backward, counted by PyTorch: what the sparse engine leaves out counts as done. Forms take turns, so
-that a noisy machine is noisy for all.
+that a noisy machine is noisy for all. On a GPU the crops are there before a step begins.
 """
 
 import contextlib
@@ -77,8 +78,10 @@ class Settings:
     rounds: int = 5
     steps: int = 3
     """Of each form in a round."""
-    precision: tuple[str, ...] = ("fp32", "bf16")
-    """Of our step; the plain one is fp32."""
+    batch: int | None = None
+    """Images of a step; default that of the case."""
+    forms: tuple[str, ...] = ("plain", "fp32", "bf16")
+    """plain, or the precision of our step: fp32, bf16, "fp32 compile", "bf16 compile"."""
     engine: str = "auto"
     json: Path | None = None
 
@@ -86,10 +89,11 @@ class Settings:
 class Step:
     """Our step, or the plain one."""
 
-    def __init__(self, recipe: recipes.Recipe, precision: str, device: torch.device, *, plain: bool, engine: str):
+    def __init__(self, recipe: recipes.Recipe, form: str, device: torch.device, *, engine: str):
+        plain = form == "plain"
         if plain:
             recipe = dataclasses.replace(recipe, objective=dataclasses.replace(recipe.objective, context="all"))
-        self.recipe, self.device, self.plain, self.precision = recipe, device, plain, precision
+        self.recipe, self.device, self.plain, self.precision = recipe, device, plain, precision_of(form)
         torch.manual_seed(0)
         self.model = recipe.model(engine="dense" if plain else engine).to(device).train()
         self.target = make_target(self.model.encoder)
@@ -100,18 +104,27 @@ class Step:
             for module in [*self.model.modules(), *self.target.modules()]:
                 if isinstance(module, Attention):
                     module.forward = types.MethodType(attention_by_einsum, module)
+        if form.endswith("compile"):
+            self.model.compile()
+            self.target.compile()
         pixels = torch.randint(0, 256, (2 * recipe.batch_size, 256, 256, 3), dtype=torch.uint8)
         of = (recipe.grid, recipe.hide_ratio, recipe.mask_shape, recipe.batch_size, recipe.seed)
         self.batches = Batches(Images.of(pixels), recipe.views, *of)
         self.schedules = recipe.schedules(100)
         self.number = 0
+        self.on_device = self.ready(0) if device.type == "cuda" else None
+
+    def ready(self, step: int) -> tuple[Batch, torch.Tensor]:
+        """The batch of a step, its crops on the device."""
+        part = self.batches[step][0]
+        return part, part.crops.to(self.device)
 
     def __call__(self, mark=lambda part: None) -> None:
         """One optimizer step; `mark(part)` is called after each part."""
-        part = self.batches[self.number][0]
+        part, crops = self.on_device or self.ready(self.number)
         if self.plain:
             part = self._masks_by_loop(part)
-        context, target_images = make_views(part.crops.to(self.device), part.views, size=self.recipe.sides)
+        context, target_images = make_views(crops, part.views, size=self.recipe.sides)
         visible = part.visible.to(self.device, non_blocking=True)
         mark("input")
         set_schedules(self.optimizer, self.schedules, self.number % 100)
@@ -193,7 +206,8 @@ class Step:
             else:
                 draw_visible(math.prod(self._views), self.recipe.grid, hide_ratio=self.recipe.hide_ratio)
             times["masks"] = time.perf_counter() - started
-            times["input"] -= times["masks"]
+            if self.on_device is None:
+                times["input"] -= times["masks"]
             found.append(times)
         return {name: statistics.median(times[name] for times in found) for name in PARTS}
 
@@ -216,6 +230,10 @@ class Step:
         setattr(module, method, timed)
         yield
         delattr(module, method)
+
+
+def precision_of(form: str) -> str:
+    return "bf16" if form.startswith("bf16") else "fp32"
 
 
 def limits(device: torch.device, precision: str) -> dict[str, float]:
@@ -252,7 +270,7 @@ def masks_per_second(batch: int = 256) -> float:
 
 def flops(recipe: recipes.Recipe, device: torch.device) -> int:
     """Of a step on the dense engine, without views, masks, optimizer and EMA."""
-    step = Step(recipe, "fp32", device, plain=False, engine="dense")
+    step = Step(recipe, "fp32", device, engine="dense")
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
@@ -268,24 +286,25 @@ def main() -> None:
         if name not in CASES:
             sys.exit(f"error: unknown case {name!r}; expected some of {', '.join(CASES)}.")
         _, recipe = recipes.parse(CASES[name][1])
+        if settings.batch:
+            recipe = dataclasses.replace(recipe, batch_size=settings.batch)
         answers.append({"case": name, **measure(recipe, settings, device)})
         show(answers[-1], console)
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    about = {"machine": machine, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    about |= {"masks_per_second": masks, "cases": answers}
-    if settings.json:
-        settings.json.write_text(json.dumps(about, indent=1) + "\n")
+        machine = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+        about = {"machine": machine, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        about |= {"engine": settings.engine, "masks_per_second": masks, "cases": answers}
+        if settings.json:  # after each case: the next may not end
+            settings.json.write_text(json.dumps(about, indent=1) + "\n")
 
 
 def measure(recipe: recipes.Recipe, settings: Settings, device: torch.device) -> dict:
     work = flops(recipe, device)
-    forms = {"plain": Step(recipe, "fp32", device, plain=True, engine="dense")}
-    for precision in settings.precision:
-        forms[precision] = Step(recipe, precision, device, plain=False, engine=settings.engine)
-    memory, times = {}, {name: [] for name in forms}
+    forms = {form: Step(recipe, form, device, engine=settings.engine) for form in settings.forms}
+    memory, first, times = {}, {}, {name: [] for name in forms}
     for name, step in forms.items():
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        first[name] = step.seconds(1)
         step.seconds(2)  # warm-up
         memory[name] = torch.cuda.max_memory_allocated() >> 20 if device.type == "cuda" else resource_mib()
     for _ in range(settings.rounds):
@@ -293,12 +312,14 @@ def measure(recipe: recipes.Recipe, settings: Settings, device: torch.device) ->
             times[name].append(step.seconds(settings.steps))
     answer = {"batch": recipe.batch_size, "gflops_per_image": work / recipe.batch_size / 1e9, "forms": {}}
     for name, step in forms.items():
-        limit = limits(device, "fp32" if name == "plain" else name)
-        parts, seconds = step.parts(settings.steps), statistics.median(times[name])
+        limit = limits(device, precision_of(name))
+        compiled = name.endswith("compile")  # timing its parts would compile each of them
+        parts, seconds = {} if compiled else step.parts(settings.steps), statistics.median(times[name])
         answer["forms"][name] = {
             "images_per_second": recipe.batch_size / seconds,
             "spread": [recipe.batch_size / max(times[name]), recipe.batch_size / min(times[name])],
-            "against_plain": [p / t for p, t in zip(times["plain"], times[name])],
+            "against_plain": [p / t for p, t in zip(times["plain"], times[name])] if "plain" in times else None,
+            "first_step_seconds": first[name],
             "utilisation": work / seconds / limit["flops"],
             "limit_tflops": limit["flops"] / 1e12,
             "limit_gbytes": limit["bytes"] / 1e9,
@@ -322,16 +343,17 @@ def show(answer: dict, console: Console) -> None:
         table.add_column(column, justify="right")
     for name, form in answer["forms"].items():
         low, high = form["spread"]
-        ratio = statistics.median(form["against_plain"])
-        cells = (f"{form['images_per_second']:.1f}", f"{low:.1f} - {high:.1f}", f"{ratio:.2f}")
+        ratio = f"{statistics.median(form['against_plain']):.2f}" if form["against_plain"] else ""
+        cells = (f"{form['images_per_second']:.1f}", f"{low:.1f} - {high:.1f}", ratio)
         cells += (f"{form['utilisation']:.0%}", f"{form['limit_tflops']:.2f}", f"{form['peak_memory_mib']:,}")
-        table.add_row(name, *cells, f"{form['sum_of_parts']:.0%}")
+        table.add_row(name, *cells, f"{form['sum_of_parts']:.0%}" if form["parts_ms"] else "")
     console.print(table)
     parts = Table(title="ms of each part")
     for column in ("", *PARTS):
         parts.add_column(column, justify="right")
     for name, form in answer["forms"].items():
-        parts.add_row(name, *(f"{form['parts_ms'][part]:.1f}" for part in PARTS))
+        if form["parts_ms"]:
+            parts.add_row(name, *(f"{form['parts_ms'][part]:.1f}" for part in PARTS))
     console.print(parts)
 
 

@@ -13,11 +13,20 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from scott_sparse import EncoderConfig  # noqa: E402
+from scott_sparse.model.engines import ENGINES  # noqa: E402
+from scott_sparse.model.engines.spconv import spconv_failure  # noqa: E402
 
 for folder in ("train", "eval", "benchmarks"):  # scripts import their neighbours, as they do when run
     sys.path.insert(0, str(ROOT / folder))
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+def engines_on(device: str) -> list[str]:
+    """The engines that work on a device; spconv may not be installed."""
+    return [name for name in ENGINES if name != "spconv" or spconv_failure(device) is None]
+
+
 # A run of a second, by the recipe small-data unless told otherwise. Flags that a test gives after these win.
 TINY_RUN = ["--size", "demo", "--stem-width", 8, "--image-size", 32, "--batch-size", 8, "--crops", 2, "--colour", 0.6]
 TINY_RUN += ["--epochs", 2, "--report-every", 0]

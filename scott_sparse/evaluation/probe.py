@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -182,7 +181,7 @@ def write_result(config: ProbeConfig, name: str, data: ProbeData, result: dict, 
         **result,
         "seconds": round(seconds, 1),
         "commit": commit(),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "scott-sparse")}},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "command": " ".join(sys.argv),
     }
     distinguishing = ("weights_hash", "data_fingerprint", "protocol", "image_size", "settings")

@@ -20,6 +20,7 @@ from torch import nn
 from scott_sparse.cli import ADVANCED
 from scott_sparse.distributed import full_tensor
 from scott_sparse.model.losses import Projector, invariance, masked_smooth_l1, nt_xent, sigreg
+from scott_sparse.model.sites import visible_indices
 from scott_sparse.model.vit import Encoder, EncoderConfig, Predictor, layer_norm
 from scott_sparse.shapes import Bool, Float, Tensor
 
@@ -117,18 +118,25 @@ class MIMJEPA(nn.Module):
     """All that is trained: context encoder, predictor and, for the cross-crop term, projector.
 
     They are one module, so that they are wrapped for distributed training once. The target encoder is not part of it,
-    see `make_target`. `plain_crops`: the last so many crops of each image kept their colours. The cross-crop term
-    compares them with each other, and the crops before them with each other, each group through a projector of its own,
-    so that the features are told to keep what colours say and what they do not (LooC, arXiv 2008.05659).
+    see `make_target`. `count`: the number of visible patches of every crop, where it is known (see `Tokenizer`).
+    `plain_crops`: the last so many crops of each image kept their colours. The cross-crop term compares them with each
+    other, and the crops before them with each other, each group through a projector of its own, so that the features
+    are told to keep what colours say and what they do not (LooC, arXiv 2008.05659).
     """
 
     _no_split_modules = ("Block",)  # what Accelerate shards together (FSDP2)
 
     def __init__(
-        self, encoder: EncoderConfig, objective: ObjectiveConfig, *, plain_crops: int = 0, engine: str = "auto"
+        self,
+        encoder: EncoderConfig,
+        objective: ObjectiveConfig,
+        *,
+        plain_crops: int = 0,
+        engine: str = "auto",
+        count: int | None = None,
     ):
         super().__init__()
-        self.objective, self.plain_crops = objective, plain_crops
+        self.objective, self.plain_crops, self.count = objective, plain_crops, count
         self.encoder = Encoder(encoder, engine=engine)
         self.predictor = Predictor(encoder, objective.predictor_depth) if objective.mim_weight else None
         groups = (2 if plain_crops else 1) if objective.cross_crop_weight else 0
@@ -203,8 +211,8 @@ class MIMJEPA(nn.Module):
     ) -> Float[Tensor, "B n D"]:
         """Features of all N patches, with mask tokens where hidden (context "all"), or of the n visible ones only."""
         if self.objective.context == "all":
-            return self.encoder(images, visible)
-        return self.encoder.forward_visible(images, visible)
+            return self.encoder(images, visible, count=self.count)
+        return self.encoder.forward_visible(images, visible, count=self.count)
 
     def insert_mask_tokens(
         self, features: Float[Tensor, "B n D"], visible: Bool[Tensor, "B N"]
@@ -213,7 +221,8 @@ class MIMJEPA(nn.Module):
         if self.objective.context == "all":
             return features
         mask_tokens = self.encoder.mask_token.to(features.dtype).repeat(*visible.shape, 1)
-        return mask_tokens.masked_scatter(visible[..., None], features)
+        where = visible_indices(visible, features.shape[1])  # the backward pass of masked_scatter would wait for a GPU
+        return mask_tokens.scatter(1, where[..., None].expand_as(features), features)
 
     def pooled(self, features: Float[Tensor, "B n D"], visible: Bool[Tensor, "B N"]) -> Float[Tensor, "B D"]:
         """Mean of the context features over the visible patches."""

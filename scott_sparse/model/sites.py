@@ -7,8 +7,6 @@ next one to P/4 x P/4, down to one site, the token. The active sites of every la
 visible patches alone, and what a window reads beyond its own patch follows from the neighbours of that patch.
 """
 
-import functools
-
 import torch
 from einops import rearrange, repeat
 
@@ -24,13 +22,18 @@ class ActiveSites:
 
     `visible` is (B, N) with N = h * w patches; `image` and `patch`, both (S,), are the indices of its True entries.
     With `side` sites per patch and axis (P at the pixels, 1 at the tokens) there are S * side**2 active sites, ordered
-    (patch, row, column).
+    (patch, row, column). `count` is the number of visible patches of every image, if that is known: the indices are
+    then found without waiting for a GPU, and shapes are static, for a compiler.
     """
 
-    def __init__(self, visible: Bool[Tensor, "B N"], grid: tuple[int, int]):
+    def __init__(self, visible: Bool[Tensor, "B N"], grid: tuple[int, int], count: int | None = None):
         assert visible.shape[1] == grid[0] * grid[1], f"{visible.shape[1]} patches do not fill a {grid} grid"
         self.visible, self.grid = visible, grid
-        self.image, self.patch = visible.nonzero(as_tuple=True)
+        if count is None:
+            self.image, self.patch = visible.nonzero(as_tuple=True)
+        else:
+            self.patch = visible_indices(visible, count).flatten()
+            self.image = torch.arange(len(visible), device=visible.device).repeat_interleave(count)
 
     def __len__(self) -> int:
         return len(self.image)
@@ -46,11 +49,10 @@ class ActiveSites:
         patches = rearrange(dense, "b c (h p) (w q) -> (b h w) p q c", h=h, w=w)
         return patches[self.image * (h * w) + self.patch]
 
-    @functools.cached_property
     def neighbours(self) -> Int[Tensor, "5 5 S"]:
         """Packed indices of the patches up to REACH rows and columns away from each visible patch.
 
-        `neighbours[REACH + down, REACH + right]` is S where that patch is hidden or beyond the border of the image.
+        Entry [REACH + down, REACH + right] is S where that patch is hidden or beyond the border of the image.
         """
         h, w = self.grid
         device, width = self.patch.device, w + 2 * REACH
@@ -59,3 +61,8 @@ class ActiveSites:
         lookup = lookup.flatten().index_copy(0, at, torch.arange(len(self), device=device))
         offset = torch.arange(-REACH, REACH + 1, device=device)
         return lookup[at + (offset[:, None] * width + offset)[..., None]]
+
+
+def visible_indices(visible: Bool[Tensor, "B N"], count: int) -> Int[Tensor, "B n"]:
+    """The indices of the True entries of each row, ascending; every row has `count` of them."""
+    return visible.int().argsort(dim=1, descending=True, stable=True)[:, :count]

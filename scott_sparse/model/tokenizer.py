@@ -15,6 +15,7 @@ from torch import nn
 
 from scott_sparse.model.engines import ENGINES, Engine, check_engine, choose_engine
 from scott_sparse.model.engines.dense import Dense
+from scott_sparse.model.engines.spconv import choose_package
 from scott_sparse.model.sites import KERNEL, ActiveSites
 from scott_sparse.shapes import Bool, Float, Int, Tensor
 
@@ -26,7 +27,7 @@ Method = TypeVar("Method", bound=Callable)
 
 
 def not_compiled(method: Method) -> Method:
-    """Leave a method out of compiled graphs: the number of visible patches is not known when a graph is compiled."""
+    """Leave a method out of compiled graphs, where the number of visible patches is not known or the engine opaque."""
     # torch's own form of torch.compiler.disable, which imports torch._dynamo at the first call: that takes a second.
     disable = getattr(torch, "_disable_dynamo", torch.compiler.disable)
     return cast(Method, disable(method))
@@ -63,38 +64,58 @@ class Tokenizer(nn.Module):
         height, width = images.shape[-2:]
         return patches_along(height, self.patch_size), patches_along(width, self.patch_size)
 
+    def in_graphs(self, device: torch.device) -> bool:
+        """Whether what runs on a device can be a part of compiled graphs."""
+        return True
+
     def forward(
-        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"] | None = None
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        visible: Bool[Tensor, "B N"] | None = None,
+        *,
+        count: int | None = None,
     ) -> Float[Tensor, "B N D"]:
-        """Tokens in raster order; zeros where hidden. `visible` None means that all patches are visible."""
+        """Tokens in raster order; zeros where hidden. `visible` None means that all patches are visible.
+
+        `count`, here and below: the number of visible patches of every image, where it is known. Then the host does not
+        wait for a GPU, and the engines dense and halo compile to one graph. ValueError on a CPU if it is wrong; on a
+        GPU it is not checked.
+        """
         h, w = self.grid(images)
         if visible is None:  # len(images) would be a constant of an exported graph
             return self._packed(images, None).reshape(images.shape[0], h * w, self.dim)
-        tokens, indices = self.packed(images, visible)
+        tokens, indices = self.packed(images, visible, count=count)
         dense = tokens.new_zeros(len(images) * h * w, self.dim)
         dense = dense.index_copy(0, indices[:, 0] * (h * w) + indices[:, 1], tokens)
         return dense.view(len(images), h * w, self.dim)
 
-    @not_compiled
     def packed(
-        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]
+        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"], *, count: int | None = None
     ) -> tuple[Float[Tensor, "S D"], Int[Tensor, "S 2"]]:
         """Tokens of the visible patches only, image by image in raster order, and their (image, patch) indices."""
-        active = self.active_sites(images, visible)
-        return self._packed(images, active), torch.stack([active.image, active.patch], dim=1)
+        in_graph = count is not None and self.in_graphs(images.device)
+        return (self._pack if in_graph else self._pack_outside_graphs)(images, visible, count)
 
-    @not_compiled
     def packed_by_image(
-        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]
+        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"], *, count: int | None = None
     ) -> tuple[Float[Tensor, "B n D"], Int[Tensor, "B n"]]:
         """`packed` where every image has n visible patches: tokens, and their patch indices. ValueError otherwise."""
-        counts = visible.sum(1)
-        if (counts != counts[0]).any():
-            raise ValueError(f"every image must have as many visible patches, got {counts.tolist()}.")
-        tokens, indices = self.packed(images, visible)
-        return tokens.unflatten(0, (len(images), -1)), indices[:, 1].unflatten(0, (len(images), -1))
+        if count is None:
+            count = common_count(visible)
+        tokens, indices = self.packed(images, visible, count=count)
+        return tokens.unflatten(0, (len(images), count)), indices[:, 1].unflatten(0, (len(images), count))
 
-    def active_sites(self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]) -> ActiveSites:
+    def _pack(
+        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"], count: int | None
+    ) -> tuple[Float[Tensor, "S D"], Int[Tensor, "S 2"]]:
+        active = self.active_sites(images, visible, count)
+        return self._packed(images, active), torch.stack([active.image, active.patch], dim=1)
+
+    _pack_outside_graphs = not_compiled(_pack)
+
+    def active_sites(
+        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"], count: int | None = None
+    ) -> ActiveSites:
         """The visible patches on the patch grid. Raises ValueError where `visible` lacks one entry per patch."""
         grid = self.grid(images)
         expected = (len(images), grid[0] * grid[1])
@@ -103,7 +124,10 @@ class Tokenizer(nn.Module):
                 f"visible has shape {tuple(visible.shape)}; expected {expected}: one row per image, "
                 f"one entry per patch of the {grid[0]} x {grid[1]} grid."
             )
-        return ActiveSites(visible, grid)
+        known = visible.device.type == "cpu" and not torch.compiler.is_compiling()
+        if count is not None and known and (visible.sum(1) != count).any():
+            raise ValueError(f"every image must have {count} visible patches, got {visible.sum(1).tolist()}.")
+        return ActiveSites(visible, grid, count)
 
 
 class SparseTokenizer(Tokenizer):
@@ -136,7 +160,11 @@ class SparseTokenizer(Tokenizer):
 
     @classmethod
     def engine_name(cls, engine: str, device: torch.device, *, visible_share: float, dim: int) -> str:
-        return choose_engine(engine, device, visible_share=visible_share, dim=dim)
+        name = choose_engine(engine, device, visible_share=visible_share, dim=dim)
+        return f"spconv (package {choose_package(str(device))[0]})" if name == "spconv" else name
+
+    def in_graphs(self, device: torch.device) -> bool:
+        return self.engine in ("dense", "halo") or (self.engine == "auto" and device.type == "cpu")
 
     def _packed(self, images: Float[Tensor, "B 3 H W"], active: ActiveSites | None) -> Float[Tensor, "S D"]:
         engine: Engine
@@ -146,12 +174,13 @@ class SparseTokenizer(Tokenizer):
             share = len(active) / max(active.visible.numel(), 1)
             name = choose_engine(self.engine, images.device, visible_share=share, dim=self.dim)
             engine = ENGINES[name](active)
-        x = engine.enter(images)
+        x = engine.enter(images.to(self.kernels[0].dtype))
         for kernel, pool in zip(self.kernels, self.pools):
             x = engine.relu(engine.conv(x, kernel))
             if pool:
                 x = engine.pool(x)
-        return engine.leave(x)
+        tokens = engine.leave(x)  # a pool on a CPU, and all of spconv, compute in fp32
+        return tokens if torch.is_autocast_enabled(images.device.type) else tokens.to(self.kernels[0].dtype)
 
 
 class PatchTokenizer(Tokenizer):
@@ -166,12 +195,21 @@ class PatchTokenizer(Tokenizer):
 
     def _packed(self, images: Float[Tensor, "B 3 H W"], active: ActiveSites | None) -> Float[Tensor, "S D"]:
         p = self.patch_size
-        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+        patches = rearrange(images.to(self.proj.weight.dtype), "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
         chosen = patches.flatten(0, 1) if active is None else patches[active.image, active.patch]
         return F.linear(chosen, self.proj.weight.flatten(1), self.proj.bias)
 
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {"scott": SparseTokenizer, "patch": PatchTokenizer}
+
+
+@not_compiled
+def common_count(visible: Bool[Tensor, "B N"]) -> int:
+    """The number of visible patches of every image. Raises ValueError where they differ."""
+    counts = visible.sum(1).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(f"every image must have as many visible patches, got {counts}.")
+    return counts[0]
 
 
 def patches_along(side: int, patch_size: int) -> int:

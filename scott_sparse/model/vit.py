@@ -81,7 +81,10 @@ class EncoderConfig:
 
 
 class Encoder(nn.Module):
-    """Tokenizer and Transformer: images (B, 3, H, W) to features (B, N, D), for any grid."""
+    """Tokenizer and Transformer: images (B, 3, H, W) to features (B, N, D), for any grid.
+
+    After `.half()` or `.bfloat16()` images of any precision are taken, and features have that of the weights.
+    """
 
     def __init__(self, config: EncoderConfig, *, engine: str = "auto"):
         super().__init__()
@@ -94,10 +97,17 @@ class Encoder(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(
-        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"] | None = None
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        visible: Bool[Tensor, "B N"] | None = None,
+        *,
+        count: int | None = None,
     ) -> Float[Tensor, "B N D"]:
-        """Features of all N patches; where hidden, the Transformer sees the learned mask token."""
-        tokens = self.tokenizer(images, visible)
+        """Features of all N patches; where hidden, the Transformer sees the learned mask token.
+
+        `count`, here and below: the number of visible patches of every image, where it is known (see `Tokenizer`).
+        """
+        tokens = self.tokenizer(images, visible, count=count)
         if visible is not None:
             tokens = torch.where(visible[..., None], tokens, self.mask_token.to(tokens.dtype))
         return self.transformer(tokens, positions(self.tokenizer.grid(images), tokens))
@@ -118,12 +128,14 @@ class Encoder(nn.Module):
         tokens = self.tokenizer(images)
         return self.transformer.last_blocks(tokens, positions(self.tokenizer.grid(images), tokens), count)
 
-    def forward_visible(self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]) -> Float[Tensor, "B n D"]:
+    def forward_visible(
+        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"], *, count: int | None = None
+    ) -> Float[Tensor, "B n D"]:
         """Features of the visible patches only, in raster order; hidden patches are not computed at all.
 
         Every image must have the same number n of visible patches, as `draw_visible` gives; ValueError otherwise.
         """
-        tokens, where = self.tokenizer.packed_by_image(images, visible)
+        tokens, where = self.tokenizer.packed_by_image(images, visible, count=count)
         return self.transformer(tokens, positions(self.tokenizer.grid(images), tokens)[where])
 
 

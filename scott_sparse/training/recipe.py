@@ -210,7 +210,13 @@ class Recipe:
 
     def model(self, *, engine: str | None = None) -> MIMJEPA:
         """The model with new weights, from torch's global generator. `engine` None: that of the recipe."""
-        return MIMJEPA(self.encoder, self.objective, plain_crops=self.views.plain_crops, engine=engine or self.engine)
+        return MIMJEPA(
+            self.encoder,
+            self.objective,
+            plain_crops=self.views.plain_crops,
+            engine=engine or self.engine,
+            count=visible_count(self.grid[0] * self.grid[1], self.hide_ratio),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The fields as they are written to recipe.json and into checkpoints."""

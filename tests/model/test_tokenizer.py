@@ -1,9 +1,12 @@
 """All engines give the same tokens and gradients, and no hidden pixel reaches a visible token."""
 
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICES
+from conftest import DEVICES, engines_on
 from oracles import max_blur_pool_by_loop, pixel_mask
 
 from scott_sparse import PatchTokenizer, SparseTokenizer, draw_visible
@@ -51,10 +54,10 @@ def test_engines_agree_forward_and_backward(grid, patch_size, kind, batch, devic
     images = torch.randn(batch, 3, grid[0] * patch_size, grid[1] * patch_size, device=device)
     upstream = torch.randn(batch, grid[0] * grid[1], 12, device=device)
     results = []
-    for name in ENGINES:
+    for name in engines_on(device):
         tokenizer = engine(name, patch_size).to(device)
         pixels = images.clone().requires_grad_()
-        tokens = tokenizer(pixels, visible)
+        tokens = tokenizer(pixels, visible, count=None if kind == "uneven" else int(visible[0].sum()))
         (tokens * upstream).sum().backward()
         results.append([tokens.detach(), pixels.grad, *[kernel.grad for kernel in tokenizer.kernels]])
     for dense, *sparse_ones in zip(*results):
@@ -202,9 +205,87 @@ def test_auto_follows_the_device_the_width_and_what_is_visible(monkeypatch):
     assert chosen("cuda", 0.4, 384) == "spconv"
 
 
-def test_self_test_notices_a_wrong_convolution(monkeypatch):
-    from spconv.pytorch import functional
+class ReferenceTensor:
+    """What the engine uses of spconv's SparseConvTensor."""
 
-    original = functional.indice_conv
-    monkeypatch.setattr(functional, "indice_conv", lambda *a, **k: 1.01 * original(*a, **k))
-    assert "self-test" in spconv.spconv_failure.__wrapped__("cpu")
+    def __init__(self, features, indices, spatial_shape, batch_size):
+        assert features.ndim == 2 and indices.dtype == torch.int32 and indices.is_contiguous()
+        self.features, self.indices, self.spatial_shape = features, indices, spatial_shape
+
+    def replace_feature(self, features):
+        return ReferenceTensor(features, self.indices, self.spatial_shape, None)
+
+
+def reference_indice_conv(features, filters, pairs, counts, rows, algo):
+    """Each kernel position by itself; like spconv-triton it goes by the -1 in `pairs`, not by `counts`."""
+    out = features.new_zeros(rows, len(filters))
+    for kernel, (source, into) in zip(filters.flatten(1, 2).unbind(1), pairs.long().unbind(1)):
+        out = out.index_add(0, into[into >= 0], features[source[source >= 0]] @ kernel.T)
+    return out
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """A function that puts modules in the place of installed packages; None: not installed."""
+
+    def install(**convolutions):
+        for package, convolution in convolutions.items():
+            names = ("", ".core", ".pytorch", ".pytorch.functional")
+            modules = {name: convolution and types.ModuleType(package + name) for name in names}
+            if convolution:
+                modules[".core"].ConvAlgo = types.SimpleNamespace(Native=None)
+                modules[".pytorch"].SparseConvTensor = ReferenceTensor
+                modules[".pytorch"].functional = modules[".pytorch.functional"]
+                modules[".pytorch.functional"].indice_conv = convolution
+            for name, module in modules.items():
+                monkeypatch.setitem(sys.modules, package + name, module)
+        forget()
+
+    def forget():
+        spconv.import_package.cache_clear()
+        spconv.choose_package.cache_clear()
+
+    yield install
+    monkeypatch.undo()
+    forget()
+
+
+def test_spconv_triton_where_spconv_is_absent(packages):
+    """The package itself has no CPU kernels: a reference stands for its functions."""
+    images, visible = torch.randn(2, 3, 48, 64), masks((3, 4), 2)["block"]
+    found = []
+    for present in ({}, {"spconv": None, "spconv_triton": reference_indice_conv}):
+        packages(**present)
+        tokenizer = engine("spconv")
+        name = tokenizer.engine_name("spconv", torch.device("cpu"), visible_share=0.5, dim=12)
+        assert name == f"spconv (package {'spconv_triton' if present else 'spconv'})"
+        tokens = tokenizer(images, visible)
+        tokens.square().sum().backward()
+        found.append([tokens.detach(), *(kernel.grad for kernel in tokenizer.kernels)])
+    assert all(relative(triton, own) < 1e-5 for own, triton in zip(*found))
+
+
+def raises(*arguments):
+    raise AssertionError
+
+
+WRONG = {
+    "absent": (None, "does not import (ModuleNotFoundError: import of {}.pytorch halted; None in sys.modules)"),
+    "no kernels": (raises, "fails in its self-test (AssertionError)"),
+    "wrong": (lambda *a: 1.01 * reference_indice_conv(*a), "differs from F.conv2d by "),
+    "no gradient": (lambda *a: reference_indice_conv(*a).detach(), "fails in its self-test (RuntimeError: element 0"),
+}
+
+
+@pytest.mark.parametrize("first, second", [("absent", "no kernels"), ("wrong", "absent"), ("no gradient", "wrong")])
+def test_both_packages_broken(first, second, packages):
+    packages(spconv=WRONG[first][0], spconv_triton=WRONG[second][0])
+    with pytest.raises(ValueError, match="engine spconv cannot work here: expected a package") as error:
+        choose_engine("spconv", torch.device("cpu"), visible_share=0.4, dim=384)
+    message = str(error.value)
+    assert "\n" not in message and message.endswith("; use --engine auto, halo or dense.")
+    for package, kind, remedy in (("spconv", first, "spconv-cu120"), ("spconv_triton", second, "spconv-triton")):
+        assert f"{package} {WRONG[kind][1].format(package)}" in message
+        assert f"remedy: pip install {remedy}" in message
+    with pytest.raises(ValueError, match="engine spconv cannot work here"):
+        engine("dense").sparse_input(torch.zeros(1, 3, 32, 32), torch.ones(1, 4, dtype=torch.bool))

@@ -21,7 +21,8 @@ class Dense:
         return mask_pixels(images, self.active).contiguous(memory_format=torch.channels_last)
 
     def conv(self, x: Float[Tensor, "B C H W"], kernel: Float[Tensor, "K C 7 7"]) -> Float[Tensor, "B K h w"]:
-        return mask_sites(F.conv2d(x, kernel, stride=2, padding=PADDING), self.active)
+        dtype = conv_dtype(kernel)
+        return mask_sites(F.conv2d(x.to(dtype), kernel.to(dtype), stride=2, padding=PADDING), self.active)
 
     def relu(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         return F.relu(x)
@@ -31,6 +32,12 @@ class Dense:
 
     def leave(self, x: Float[Tensor, "B D h w"]) -> Float[Tensor, "S D"]:
         return rearrange(x, "b d h w -> (b h w) d") if self.active is None else self.active.gather(x).flatten(0, 2)
+
+
+def conv_dtype(kernel: Float[Tensor, "K C 7 7"]) -> torch.dtype:
+    """The precision in which to convolve: that of autocast, else that of the kernel."""
+    device_type = kernel.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else kernel.dtype
 
 
 def mask_sites(dense: Float[Tensor, "B C H W"], active: ActiveSites | None) -> Float[Tensor, "B C H W"]:
@@ -62,7 +69,7 @@ def max_pool_2x2(x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H-1 W-1"]:
 
 def blur_downsample(x: Float[Tensor, "B C H W"], *, padding: int) -> Float[Tensor, "B C h w"]:
     """Each channel convolved with [1 2 1] x [1 2 1] / 16, stride 2."""
-    tap = torch.tensor([0.25, 0.5, 0.25], dtype=x.dtype, device=x.device)
+    tap = 0.5 - (torch.arange(3, dtype=x.dtype, device=x.device) - 1).abs() / 4  # a copy from the CPU would wait
     kernel = repeat(tap[:, None] * tap, "y x -> c 1 y x", c=x.shape[1])
     # On a CPU the backward pass of a depthwise convolution in bf16 takes ten times as long as in fp32. The autocast of
     # a GPU stays as it is.

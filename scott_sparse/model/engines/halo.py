@@ -3,8 +3,8 @@
 The S visible patches are packed, (S, s, s, C) with s sites per side. A window of a strided convolution reads a few
 sites beyond its patch: those of neighbouring patches where these are visible, zeros where they are hidden or beyond the
 border of the image. Copied together they make a tile, (S, t, t, C), on which every layer is an ordinary one without
-padding. Nothing is computed for hidden patches. A convolution is one product of its windows with the kernel, in the
-precision that autocast asks for, and the backward pass needs gathers only.
+padding. Nothing is computed for hidden patches. On a CPU a convolution is one product of its windows with the kernel,
+in the precision that autocast asks for.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.autograd.function import once_differentiable
 
-from scott_sparse.model.engines.dense import blur_downsample, max_pool_2x2
+from scott_sparse.model.engines.dense import blur_downsample, conv_dtype, max_pool_2x2
 from scott_sparse.model.sites import KERNEL, PADDING, REACH, ActiveSites
 from scott_sparse.shapes import Float, Tensor
 
@@ -23,18 +23,20 @@ class Halo:
     """Works on packed patches (S, s, s, C). Has the interface of `engines.Engine`."""
 
     def __init__(self, active: ActiveSites):
-        self.active = active
+        self.active, self.neighbours = active, active.neighbours()
 
     def enter(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "S P P 3"]:
         return self.active.gather(images)
 
     def conv(self, x: Float[Tensor, "S s s C"], kernel: Float[Tensor, "K C 7 7"]) -> Float[Tensor, "S s/2 s/2 K"]:
         """Under autocast both the product and its result have the precision of autocast."""
-        device_type = x.device.type
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+        dtype = conv_dtype(kernel)
         # The last window begins PADDING before the last but one site of the patch.
-        tile = AddHalo.apply(x.to(dtype), self.active, PADDING, KERNEL - PADDING - 2)
-        with torch.autocast(device_type, enabled=False):
+        tile = self.add_halo(x.to(dtype), PADDING, KERNEL - PADDING - 2)
+        with torch.autocast(x.device.type, enabled=False):
+            if x.device.type != "cpu" or torch.compiler.is_compiling():  # 49 slices are slow to compile
+                tile = rearrange(tile, "s y x c -> s c y x")
+                return rearrange(F.conv2d(tile, kernel.to(dtype), stride=2), "s k y x -> s y x k")
             return StridedConv.apply(tile, rearrange(kernel, "k c y x -> (y x c) k").to(dtype))
 
     def relu(self, x: Float[Tensor, "S s s C"]) -> Float[Tensor, "S s s C"]:
@@ -42,7 +44,7 @@ class Halo:
 
     def pool(self, x: Float[Tensor, "S s s C"]) -> Float[Tensor, "S s/2 s/2 C"]:
         side, (h, w) = x.shape[1], self.active.grid
-        tile = AddHalo.apply(x, self.active, 1, 1)
+        tile = self.add_halo(x, 1, 1)
         maximum = max_pool_2x2(rearrange(tile, "s y x c -> s c y x"))  # sites -1 .. side-1 of the map of maxima
         # Beyond the border of the image there are no maxima, but the zero padding of the blur.
         inside = maximum.new_ones(2, len(self.active), side + 1)
@@ -55,34 +57,20 @@ class Halo:
     def leave(self, x: Float[Tensor, "S 1 1 D"]) -> Float[Tensor, "S D"]:
         return x.flatten(0, 2)
 
+    def add_halo(self, x: Float[Tensor, "S s s C"], before: int, after: int) -> Float[Tensor, "S t t C"]:
+        """Packed patches to tiles, with `before` more sites above and to the left, `after` more below and to the right.
 
-class AddHalo(torch.autograd.Function):
-    """Packed patches to tiles, with `before` more sites above and to the left, `after` more below and to the right."""
-
-    @staticmethod
-    def forward(ctx, x: Float[Tensor, "S s s C"], active: ActiveSites, before: int, after: int):
-        ctx.active, ctx.spans = active, halo_spans(x.shape[1], before, after)
-        ctx.centre = slice(before, before + x.shape[1])
-        sides = (x.shape[1] + before + after,) * 2
-        tile = x.new_empty(len(x), *sides, x.shape[-1])
-        padded = append_zero_patch(x)
-        for (down, ys, ty), (right, xs, tx) in itertools.product(ctx.spans, ctx.spans):
-            if down == right == 0:
-                tile[:, ty, tx] = x
-            else:
-                tile[:, ty, tx] = padded[:, ys, xs][active.neighbours[REACH + down, REACH + right]]
-        return tile
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_tile: Float[Tensor, "S t t C"]):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The gradient of a site is the sum over its copies: in its own tile and in those of its neighbours."""
-        grad = grad_tile[:, ctx.centre, ctx.centre].clone(memory_format=torch.contiguous_format)
-        for (down, ys, ty), (right, xs, tx) in itertools.product(ctx.spans, ctx.spans):
-            if down or right:
-                copies = append_zero_patch(grad_tile[:, ty, tx])
-                grad[:, ys, xs] += copies[ctx.active.neighbours[REACH - down, REACH - right]]
-        return grad, None, None, None
+        Each site of a tile is a row of `x`, or of the patch of zeros behind them, which stands for every neighbour that
+        is hidden or beyond the border. The backward pass adds up the copies of a site.
+        """
+        side = x.shape[1]
+        along_axis = torch.arange(-before, side + after, device=x.device)
+        distance, site = REACH + along_axis.div(side, rounding_mode="floor"), along_axis % side
+        patch = self.neighbours[distance[:, None], distance]  # (t, t, S)
+        row = (patch * side + site[:, None, None]) * side + site[:, None]
+        rows = torch.cat([x.flatten(0, 2), x.new_zeros(side**2, x.shape[-1])])
+        tile = rows.index_select(0, rearrange(row, "y x s -> (s y x)"))
+        return rearrange(tile, "(s y x) c -> s y x c", y=len(along_axis), x=len(along_axis))
 
 
 class StridedConv(torch.autograd.Function):
@@ -116,22 +104,3 @@ def unfold(tile: Float[Tensor, "S t t C"]) -> Float[Tensor, "S o o 7 f"]:
     o = (t - KERNEL) // 2 + 1
     strides = (t * t * C, 2 * t * C, 2 * C, t * C, 1)
     return tile.as_strided((S, o, o, KERNEL, KERNEL * C), strides).contiguous()
-
-
-def halo_spans(side: int, before: int, after: int) -> list[tuple[int, slice, slice]]:
-    """Along one axis, for each patch that a tile reads: (its distance in patches, its sites, their place in the tile).
-
-    `side` is the number of sites per patch; `before` and `after` are the halo's sites on either side of it.
-    """
-    spans = []
-    for distance in range(-REACH, REACH + 1):
-        low, high = max(distance * side, -before), min((distance + 1) * side, side + after)
-        if low < high:
-            sites = slice(low - distance * side, high - distance * side)
-            spans.append((distance, sites, slice(low + before, high + before)))
-    return spans
-
-
-def append_zero_patch(x: Float[Tensor, "S a b C"]) -> Float[Tensor, "R a b C"]:
-    """R = S + 1: one patch of zeros, which stands for every neighbour that is hidden or beyond the border."""
-    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])

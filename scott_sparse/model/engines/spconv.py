@@ -1,5 +1,8 @@
 """The stem on a `SparseConvTensor` of the spconv library. This file alone imports it, and only when it is first used.
 
+Two packages have its API: spconv, for NVIDIA and CPUs, and spconv-triton, for any GPU and Python. The first of them
+that passes a self-test on the device is used.
+
 spconv has submanifold convolutions of stride 1 only. The exact form with stride 2: fold each 2x2 block of input sites
 into channels (pixel-unshuffle), which turns a 7x7 kernel with stride 2 into a 4x4 kernel with stride 1 on blocks -2 to
 +1, and give spconv that kernel with a rulebook computed here. The rulebook is affine in the patch: one per resolution
@@ -7,8 +10,11 @@ serves all images of a batch.
 """
 
 import functools
+import importlib
 import itertools
 import warnings
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +25,29 @@ from scott_sparse.model.engines.halo import Halo
 from scott_sparse.model.sites import KERNEL, REACH, ActiveSites
 from scott_sparse.shapes import Float, Int, Tensor
 
+PACKAGES = {  # name to import: how to install it
+    "spconv": "pip install spconv-cu120 (Python < 3.12) or spconv-cu126 (3.12, 3.13)",
+    "spconv_triton": "pip install spconv-triton, and use a GPU",
+}
 BLOCKS = (-2, -1, 0, 1)  # the window 2o-3 .. 2o+3 of output o touches the 2-wide blocks o-2 .. o+1
 
 
 class SpConv:
     """Works on a SparseConvTensor `x` with `x.features` (n, C), one row per active site.
 
-    Computes in fp32 (TF32 on a GPU) also under autocast: spconv has no bf16. Has the interface of `engines.Engine`.
+    Computes in fp32 also under autocast and with weights of another precision: spconv has no bf16. `library` is a
+    package as `import_package` gives it, by default the one that works on the device; ValueError if none does. Has the
+    interface of `engines.Engine`.
     """
 
-    def __init__(self, active: ActiveSites):
-        self.active = active
+    def __init__(self, active: ActiveSites, library: ModuleType | None = None):
+        self.active, self.halo = active, Halo(active)
+        if library is None:
+            package, failure = choose_package(str(active.patch.device))
+            if package is None:
+                raise ValueError(f"engine spconv cannot work here: {failure}.")
+            library = import_package(package)
+        self.library: Any = library
 
     @staticmethod
     def failure(device: torch.device) -> str | None:
@@ -41,23 +59,23 @@ class SpConv:
     def conv(self, x, kernel: Float[Tensor, "K C 7 7"]):
         folded = rearrange(self.patches(x), "s (y dy) (x dx) c -> s y x (dy dx c)", dy=2, dx=2)
         with torch.autocast(folded.device.type, enabled=False):
-            features = self.conv_blocks(folded.flatten(0, 2), fold_kernel(kernel).contiguous(), folded.shape[1])
+            features = self.conv_blocks(folded.flatten(0, 2), fold_kernel(kernel.float()).contiguous(), folded.shape[1])
         return self.tensor(features.unflatten(0, folded.shape[:3]))
 
     def conv_blocks(self, blocks: Float[Tensor, "n f"], kernel: Float[Tensor, "K 4 4 f"], side: int):
         """spconv's own convolution of the folded blocks, `side` per patch and axis: (n, f) to (n, K)."""
         if len(blocks) == 0:  # spconv raises on empty input; the weight still gets its gradient, zero
             return blocks @ kernel[:, 0, 0].T
-        library = import_spconv()
-        pairs, counts = rulebook(self.active, side)
-        return library.functional.indice_conv(blocks, kernel, pairs, counts, len(blocks), library.ConvAlgo.Native)
+        pairs, counts = rulebook(self.halo.neighbours, side)
+        native = self.library.ConvAlgo.Native
+        return self.library.functional.indice_conv(blocks, kernel, pairs, counts, len(blocks), native)
 
     def relu(self, x):
         return x.replace_feature(F.relu(x.features))
 
     def pool(self, x):
         with torch.autocast(x.features.device.type, enabled=False):
-            return self.tensor(Halo(self.active).pool(self.patches(x)))
+            return self.tensor(self.halo.pool(self.patches(x)))
 
     def leave(self, x) -> Float[Tensor, "S D"]:
         return x.features
@@ -71,7 +89,7 @@ class SpConv:
         """The SparseConvTensor of packed patches."""
         (h, w), side = self.active.grid, patches.shape[1]
         shape, indices = [h * side, w * side], site_indices(self.active, side)
-        return import_spconv().SparseConvTensor(patches.flatten(0, 2), indices, shape, len(self.active.visible))
+        return self.library.SparseConvTensor(patches.flatten(0, 2), indices, shape, len(self.active.visible))
 
 
 def fold_kernel(kernel: Float[Tensor, "K C 7 7"]) -> Float[Tensor, "K 4 4 f"]:
@@ -88,22 +106,22 @@ def site_indices(active: ActiveSites, side: int) -> Int[Tensor, "n 3"]:
     return sites.reshape(-1, 3).int().contiguous()
 
 
-def rulebook(active: ActiveSites, side: int) -> tuple[Int[Tensor, "2 k n"], Int[Tensor, " k"]]:
+def rulebook(neighbours: Int[Tensor, "5 5 S"], side: int) -> tuple[Int[Tensor, "2 k n"], Int[Tensor, " k"]]:
     """Pairs (input block, output site) for each of the k = 16 kernel positions, at `side` output sites per patch.
 
     `pairs[0, k, :counts[k]]` are rows of the block features, `pairs[1, k, :counts[k]]` rows of the output. Within a
     patch the sites of one kernel position read from at most four patches.
     """
-    device = active.patch.device
+    device, patches = neighbours.device, neighbours.shape[-1]
 
     @functools.cache
     def first_sites(down: int, right: int) -> tuple[Tensor, Tensor]:
         """First site of each visible patch that has a visible neighbour there, and first site of that neighbour."""
-        there = active.neighbours[REACH + down, REACH + right].int()
-        here = (there < len(active)).nonzero()[:, 0]
+        there = neighbours[REACH + down, REACH + right].int()
+        here = (there < patches).nonzero()[:, 0]
         return here.int() * side**2, there[here] * side**2
 
-    pairs = torch.full((2, len(BLOCKS) ** 2, len(active) * side**2), -1, dtype=torch.int32, device=device)
+    pairs = torch.full((2, len(BLOCKS) ** 2, patches * side**2), -1, dtype=torch.int32, device=device)
     counts = []
     for position, sources in enumerate(_sources(side, device)):
         count = 0
@@ -144,34 +162,61 @@ def _sources(side: int, device: torch.device) -> list[list[tuple[int, int, Tenso
 
 
 @functools.cache
+def choose_package(device: str) -> tuple[str | None, str | None]:
+    """The first of PACKAGES that works on a device and None, or else None and why none does."""
+    failures = []
+    for package, remedy in PACKAGES.items():
+        failure = package_failure(package, device)
+        if failure is None:
+            return package, None
+        failures.append(f"{package} {failure}, remedy: {remedy}")
+    return None, f"expected a package that agrees with F.conv2d, got: {'; '.join(failures)}"
+
+
 def spconv_failure(device: str) -> str | None:
-    """Why spconv cannot be used on a device; None if it imports and agrees with F.conv2d on a small case."""
+    """Why none of PACKAGES can be used on a device; None if one works."""
+    return choose_package(device)[1]
+
+
+def package_failure(package: str, device: str) -> str | None:
+    """Why a package cannot be used on a device; None if its forward and backward agree with F.conv2d on a small case.
+
+    A package that was built for another driver, PyTorch or numpy can fail in any way: each is a reason not to use it.
+    """
     try:
-        import_spconv()
-    except ImportError as error:
-        return f"spconv does not import ({error}); pip install spconv-cu120 (Python < 3.12) or spconv-cu126"
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, 3, 32, 48, generator=generator).to(device)
-    kernel = torch.randn(8, 3, KERNEL, KERNEL, generator=generator).to(device)
-    active = ActiveSites(torch.arange(48, device=device).view(2, 24) % 3 > 0, (4, 6))
-    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        dense, sparse = Dense(active), SpConv(active)
-        expected = dense.leave(dense.conv(dense.enter(images), kernel))
-        tokens = sparse.leave(sparse.conv(sparse.enter(images), kernel))
-        difference = (tokens - expected).abs().max() / expected.abs().max()
+        library = import_package(package)
+    except Exception as error:
+        return f"does not import ({describe(error)})"
+    results = []
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
+            generator = torch.Generator().manual_seed(0)
+            images = torch.randn(2, 3, 32, 48, generator=generator).to(device)
+            kernel = torch.randn(64, 3, KERNEL, KERNEL, generator=generator).to(device).requires_grad_()
+            active = ActiveSites(torch.arange(48, device=device).view(2, 24) % 3 > 0, (4, 6))
+            for engine in (Dense(active), SpConv(active, library)):
+                tokens = engine.leave(engine.conv(engine.enter(images), kernel))
+                results.append((tokens.detach(), *torch.autograd.grad(tokens.square().sum(), kernel)))
+            errors = [((found - true).abs().max() / true.abs().max()).item() for true, found in zip(*results)]
+    except Exception as error:
+        return f"fails in its self-test ({describe(error)})"
     # TF32 convolutions, the default on CUDA, are good to three digits only.
-    if not difference < (5e-3 if images.is_cuda else 1e-5):
-        return f"its self-test differs from F.conv2d by {difference:.1e}"
+    if not max(errors) < (5e-3 if device.startswith("cuda") else 1e-5):
+        return f"differs from F.conv2d by {max(errors):.1e} in its self-test"
     return None
 
 
+def describe(error: Exception) -> str:
+    """In one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+
+
 @functools.cache
-def import_spconv():
-    """spconv.pytorch with `functional` and `ConvAlgo`; its deprecation warnings on import are kept from the user."""
+def import_package(package: str) -> ModuleType:
+    """`pytorch` of a package, with `functional` and `ConvAlgo`; warnings on import are kept from the user."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import spconv.pytorch
-        import spconv.pytorch.functional
-        from spconv.core import ConvAlgo
-    spconv.pytorch.ConvAlgo = ConvAlgo
-    return spconv.pytorch
+        library: Any = importlib.import_module(f"{package}.pytorch")
+        importlib.import_module(f"{package}.pytorch.functional")
+        library.ConvAlgo = importlib.import_module(f"{package}.core").ConvAlgo
+    return library

@@ -20,9 +20,12 @@ import torch
 
 from scott_sparse.cli import exit_on_user_error, exit_with_error
 from scott_sparse.data.batches import Batch
+from scott_sparse.data.dataset import evenly_spaced
 from scott_sparse.data.views import make_views
 from scott_sparse.distributed import full_tensor
-from scott_sparse.evaluation.report import draw_tokens, knn_report, knn_table
+from scott_sparse.evaluation.encoders import FrozenEncoder
+from scott_sparse.evaluation.pictures import draw_tokens
+from scott_sparse.evaluation.report import knn_report, knn_table
 from scott_sparse.model.jepa import make_target, target_features, update_target
 from scott_sparse.model.vit import Encoder
 from scott_sparse.shapes import Tensor
@@ -148,9 +151,10 @@ def compare(run: Run, initial: Encoder, target: Encoder, training: dict) -> None
     knn = knn_report(data.train, run.val, initial.to(device), target, size=recipe.sides)
     if not run.accelerator.is_main_process:
         return
-    mask = {"hide_ratio": recipe.hide_ratio, "mask_shape": recipe.mask_shape}
     images = data.val or data.pretrain
-    draw_tokens(run.out / TOKENS, images, initial, target, size=recipe.sides, **mask, device=device)
+    encoders = {name: FrozenEncoder(x, recipe.grid) for name, x in (("untrained", initial), ("pretrained", target))}
+    some, (height, width) = images[evenly_spaced(len(images), 8)], recipe.sides
+    draw_tokens(run.out / TOKENS, some, encoders, size=(2 * height, 2 * width))
     if run.val and data.classes:
         remedy = what_to_try(recipe, len(data.pretrain))
         training["verdict"] = final_verdict(training["verdict"], knn, n=len(run.val), remedy=remedy)

@@ -20,8 +20,9 @@ import shutil
 import struct
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -98,6 +99,21 @@ def decode_once(
     images = Images(read, torch.arange(len(sizes)), sizes, digests, labels, source.names)
     notes = [f"bands {' '.join(map(str, selection.bands))} of pictures with several bands"] if selection.bands else []
     return images, {int(i): reason for i, reason in about["unreadable"].items()}, (*notes, *about["notes"])
+
+
+def decode_some(
+    source: Source, indices: Sequence[int], *, short_side: int, selection: Selection = FIRST_PAGE
+) -> tuple[Images, dict[int, str]]:
+    """Some pictures of a source, decoded into memory, no file is written; and by number why some cannot be read."""
+    prepare_pillow()
+    find_bits, decoded, unreadable = BitDepth(source, selection), {}, {}
+    for i in indices:
+        try:
+            decoded[i] = decode(_picture(source, i), short_side, selection, find_bits=find_bits)
+        except Unreadable as reason:
+            unreadable[i] = str(reason)
+    labels = torch.tensor([source.labels[i] for i in decoded]) if source.labels else None
+    return replace(Images.of(list(decoded.values()), labels), names=[source.names[i] for i in decoded]), unreadable
 
 
 class MappedPixels:

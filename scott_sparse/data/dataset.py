@@ -10,14 +10,15 @@ import torch
 
 from scott_sparse.cli import ADVANCED, UserErrors
 from scott_sparse.data.builtin import PUBLISHED, published_source
-from scott_sparse.data.cache import CACHE_DIR, decode_once
+from scott_sparse.data.cache import CACHE_DIR, decode_once, decode_some
 from scott_sparse.data.hub import hub_source
 from scott_sparse.data.images import Images
-from scott_sparse.data.petals import petals_source
+from scott_sparse.data.petals import CHUNK, petals_source
 from scott_sparse.data.readers import Selection
 from scott_sparse.data.sources import Source, counts, folder_source, printable, some
 from scott_sparse.data.splits import Splits, select_roles
 from scott_sparse.data.tables import apply_tables
+from scott_sparse.shapes import Int, Tensor
 
 
 @dataclass(frozen=True)
@@ -131,28 +132,12 @@ def open_data(config: DataConfig, *, short_side: int) -> Data:
         ValueError: if there are no such images, or their decoded copies cannot be kept.
         OSError: if a folder may not be read.
     """
-    if config.data is None:
-        raise ValueError("no images are named: --data needs a folder of images, a published set or petals.")
-    columns = {"image": config.image_column, "label": config.label_column, "split": config.split_column}
-    folder = None if _is_named_set(config.data) else Path(config.data).expanduser()
-    if config.data.startswith("hf:"):
-        columns.pop("label")  # which the data set has
-    if folder is None and (config.list or config.labels or any(columns.values())):
-        raise ValueError(f"--list and --labels describe the images of a folder; --data {config.data} is none.")
-    for flag, path in (("list", config.list), ("labels", config.labels)):
-        if path and not path.is_file():
-            raise ValueError(f"--{flag} {path}: no such file.")
     if config.data == "petals":
         short_side = max(64, short_side // 2)
-        source = petals_source(short_side)
-    else:
-        source = find_source(config.data, root=config.data_root, listed=config.list, label_column=config.label_column)
-    if folder:
-        source = apply_tables(source, folder, config.labels, columns)
-    source = _without_useless_labels(source)
+    source, folder = _find(config, flower_side=short_side)
     every, unreadable, notes = decode_once(
         source,
-        title=str((config.list or folder).resolve()) if folder else config.data,
+        title=str((config.list or folder).resolve()) if folder else str(config.data),
         short_side=short_side,
         selection=Selection(config.page, config.bands),
         keep_pixels=config.cache == "disk" or config.data == "petals",  # drawing a flower costs more than reading it
@@ -165,6 +150,50 @@ def open_data(config: DataConfig, *, short_side: int) -> Data:
     roles = select_roles(config.protocol, source.splits, source.names, source.labels)
     roles = {role: [i for i in part if i not in unreadable] for role, part in roles.items()}
     return _data(every, roles, replace(source, notes=(*source.notes, *notes)), reasons)
+
+
+def open_some(config: DataConfig, count: int, *, short_side: int) -> tuple[Images, tuple[str, ...] | None]:
+    """`count` images, evenly spaced over val (without labels, over those to pretrain on), and the class names.
+
+    No other image is decoded, and nothing is written. Flowers of petals are drawn with `short_side` pixels. Raises as
+    `open_data`.
+    """
+    source, _ = _find(config, flower_side=short_side, chunk=1)
+    roles = select_roles(config.protocol, source.splits, source.names, source.labels)
+    candidates = roles["val"] or roles["pretrain"]
+    chosen = [candidates[i] for i in evenly_spaced(len(candidates), count).tolist()]
+    selection = Selection(config.page, config.bands)
+    images, unreadable = decode_some(source, chosen, short_side=short_side, selection=selection)
+    if unreadable and (not config.skip_unreadable or len(unreadable) == len(chosen)):
+        raise UnreadableImages({source.names[i]: reason for i, reason in unreadable.items()}, len(chosen))
+    return images, source.classes
+
+
+def evenly_spaced(total: int, count: int) -> Int[Tensor, " n"]:
+    """`count` of the numbers 0 to total - 1, or all of them, the first and the last included."""
+    return torch.linspace(0, total - 1, min(count, total)).long()
+
+
+def _find(config: DataConfig, *, flower_side: int, chunk: int = CHUNK) -> tuple[Source, Path | None]:
+    """The source that the flags name, with the labels that they name, and its folder if it is one."""
+    if config.data is None:
+        raise ValueError("no images are named: --data needs a folder of images, a published set or petals.")
+    columns = {"image": config.image_column, "label": config.label_column, "split": config.split_column}
+    folder = None if _is_named_set(config.data) else Path(config.data).expanduser()
+    if config.data.startswith("hf:"):
+        columns.pop("label")  # which the data set has
+    if folder is None and (config.list or config.labels or any(columns.values())):
+        raise ValueError(f"--list and --labels describe the images of a folder; --data {config.data} is none.")
+    for flag, path in (("list", config.list), ("labels", config.labels)):
+        if path and not path.is_file():
+            raise ValueError(f"--{flag} {path}: no such file.")
+    if config.data == "petals":
+        source = petals_source(flower_side, chunk=chunk)
+    else:
+        source = find_source(config.data, root=config.data_root, listed=config.list, label_column=config.label_column)
+    if folder:
+        source = apply_tables(source, folder, config.labels, columns)
+    return _without_useless_labels(source), folder
 
 
 def find_source(data: str, *, root: Path, listed: Path | None = None, label_column: str | None = None) -> Source:

@@ -266,25 +266,28 @@ def render(
     return images, masks, indices % len(CLASSES)
 
 
-def petals_source(size: int) -> Source:
-    """The data set of SPLIT_SIZES flowers, `size` pixels a side, as published splits with labels."""
+def petals_source(size: int, *, chunk: int = CHUNK) -> Source:
+    """The data set of SPLIT_SIZES flowers, `size` pixels a side, as published splits with labels.
+
+    `chunk` neighbouring flowers are drawn together, which suits their use in order.
+    """
     names = [f"v{VERSION}/{split}/{i}" for split, count in SPLIT_SIZES.items() for i in range(count)]
     labels = [i % len(CLASSES) for count in SPLIT_SIZES.values() for i in range(count)]
     splits = split_ranges({split: range(count) for split, count in SPLIT_SIZES.items()})
-    return Source(functools.partial(_picture, names, size), names, labels, splits, CLASSES, files=())
+    return Source(functools.partial(_picture, names, size, chunk), names, labels, splits, CLASSES, files=())
 
 
 _DRAWING = threading.Lock()  # without it every thread that decodes would draw the same chunk
 
 
-def _picture(names: Sequence[str], size: int, i: int) -> Image.Image:
+def _picture(names: Sequence[str], size: int, chunk: int, i: int) -> Image.Image:
     _, split, index = names[i].split("/")
     with _DRAWING:
-        chunk = _chunk(split, int(index) // CHUNK, size)
-    return Image.fromarray(chunk[int(index) % CHUNK])
+        pictures = _chunk(split, int(index) // chunk, chunk, size)
+    return Image.fromarray(pictures[int(index) % chunk])
 
 
 @functools.lru_cache(maxsize=16)
-def _chunk(split: str, number: int, size: int):
-    indices = range(number * CHUNK, (number + 1) * CHUNK)
+def _chunk(split: str, number: int, chunk: int, size: int):
+    indices = range(number * chunk, (number + 1) * chunk)
     return render(indices, split=split, size=size)[0].permute(0, 2, 3, 1).contiguous().numpy()

@@ -31,15 +31,17 @@ class ImageEncoder(nn.Module):
 
 class FrozenEncoder(ImageEncoder):
     """Our encoder; the tokens of each block pass a LayerNorm without affine parameters (as the targets of pretraining
-    do, arXiv 2502.18056), and `pooled` is their mean."""
+    do, arXiv 2502.18056), and `pooled` is their mean. `span`: the patch grid of training, over which positions are
+    spread where images are of another size."""
 
-    def __init__(self, encoder: Encoder):
+    def __init__(self, encoder: Encoder, span: tuple[int, int] | None = None):
         super().__init__()
-        self.encoder = encoder.eval()
+        self.encoder, self.span = encoder.eval(), span
         self.description = {"blocks": BLOCKS, **dataclasses.asdict(encoder.config)}  # engines compute the same
+        self.description |= {"span": span} if span else {}
 
     def forward(self, images: Float[Tensor, "B 3 h w"]) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B N D"]]:
-        blocks = [layer_norm(tokens.float()) for tokens in self.encoder.last_blocks(images, BLOCKS)]
+        blocks = [layer_norm(tokens.float()) for tokens in self.encoder.last_blocks(images, BLOCKS, self.span)]
         return torch.stack([tokens.mean(1) for tokens in blocks], dim=1), blocks[-1]
 
 

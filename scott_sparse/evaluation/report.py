@@ -5,22 +5,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from einops import rearrange
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from scott_sparse.data.images import Images
-from scott_sparse.data.views import IMAGENET_MEAN, IMAGENET_STD
 from scott_sparse.evaluation.encoders import FrozenEncoder, Pixels
-from scott_sparse.evaluation.features import eval_images, extract
+from scott_sparse.evaluation.features import extract
 from scott_sparse.evaluation.knn import knn_accuracy
 from scott_sparse.files import read_json
-from scott_sparse.model.masks import draw_visible
 from scott_sparse.model.vit import Encoder
-from scott_sparse.randomness import generator_at
-from scott_sparse.shapes import Float, Tensor
 
 WORST_CLASSES = 10  # that are listed
 FIRST_COLUMNS = ("knn", "linear", "attentive")
@@ -161,52 +156,3 @@ def knn_table(accuracies: dict[str, float | None], *, images: int, classes: int,
     rows = [(names[name], "-" if accuracy is None else f"{accuracy:.1f} %") for name, accuracy in accuracies.items()]
     title = f"k-NN on {images:,} val images, {classes} classes (chance {100 / classes:.1f} %)"
     return make_table(title, ("features", "accuracy"), rows)
-
-
-@torch.inference_mode()
-def draw_tokens(
-    path: Path,
-    images: Images,
-    initial: Encoder,
-    pretrained: Encoder,
-    *,
-    size: tuple[int, int],
-    hide_ratio: float,
-    mask_shape: str,
-    device: torch.device,
-    columns: int = 10,
-) -> None:
-    """Write a PNG with a column for each of some images; rows: image, visible patches, PCA of the tokens of an encoder
-    before and after pretraining."""
-    indices = torch.linspace(0, len(images) - 1, min(columns, len(images))).long()
-    views = eval_images(images, indices, size=size)
-    h, w = pretrained.tokenizer.grid(views)
-    generator = generator_at(0, "figure")
-    visible = draw_visible(len(views), (h, w), hide_ratio=hide_ratio, shape=mask_shape, generator=generator)
-    pixels = views * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
-    pixels = rearrange(pixels.clamp(0, 1), "b c H W -> b H W c")
-    p = pretrained.config.patch_size
-    visible_pixels = visible.view(-1, h, w).repeat_interleave(p, 1).repeat_interleave(p, 2)[..., None]
-    rows = [("image", pixels), ("visible patches", torch.where(visible_pixels, pixels, 0.85))]
-    for name, encoder in (("tokens before", initial), ("tokens after", pretrained)):
-        tokens = encoder(views.to(device)).float().cpu()
-        rows.append((name, rearrange(principal_colours(tokens), "b (h w) c -> b h w c", h=h)))
-
-    figure = Figure(figsize=(1.1 * len(views) + 1.2, 1.15 * len(rows)), layout="constrained")
-    for axes, (name, pictures) in zip(figure.subplots(len(rows), len(views), squeeze=False), rows):
-        for axis, picture in zip(axes, pictures):
-            axis.imshow(picture.numpy(), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-        axes[0].set_ylabel(name, fontsize=9)
-    figure.savefig(path, dpi=130)
-
-
-def principal_colours(tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N 3"]:
-    """The first three principal components over all tokens as RGB in [0, 1] (the usual PCA picture of DINOv2)."""
-    flat = tokens.flatten(0, 1)
-    flat = flat - flat.mean(0)
-    components = torch.linalg.svd(flat, full_matrices=False).Vh[:3]
-    colours = flat @ components.T
-    low, high = colours.quantile(torch.tensor([0.02, 0.98]), dim=0)
-    return ((colours - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).view(*tokens.shape[:2], 3)

@@ -34,7 +34,8 @@ class ProbeConfig:
     weights: Literal["target", "context"] = "target"
     """Which encoder of the run: the EMA target, or the context encoder, which the optimizer trained."""
     image_size: int | tuple[int, int] | None = None
-    """Side, or height and width, of the evaluated images in pixels. Default: as in training (timm: as published)."""
+    """Side, or height and width, of the evaluated images in pixels. Default: as in training (timm: as published).
+    At another size the positions are interpolated: an image spans the same extent as in training."""
     crops: Literal[1, 8] = 1
     """Views averaged. 1: the centre crop. 8: features are averaged over the four corners of each image and their mirror
     images, the attentive probe's logits likewise, for eight times the work."""
@@ -96,23 +97,26 @@ def open_encoder(config: ProbeConfig) -> EncoderUnderTest:
     out = config.out or (folder / "eval" if folder.is_dir() else Path("runs", folder.name, "eval"))
     files = (folder / name for name in ("recipe.json", "summary.json"))
     recipe, summary = (read_json(file) if file.is_file() else {} for file in files)
+    trained = _height_width(recipe["image_size"]) if "image_size" in recipe else None
     if size is None:
-        if "image_size" not in recipe:
+        if trained is None:
             raise ValueError(f"{config.run} does not say at which image size it was trained; give --image-size.")
-        size = _height_width(recipe["image_size"])
+        size = trained
+    p = encoder.config.patch_size
+    span = None if trained in (None, size) else (trained[0] // p, trained[1] // p)
     if config.init == "pixels":
-        return EncoderUnderTest("pixels", config.run, Pixels(encoder.config.patch_size), size, out)
+        return EncoderUnderTest("pixels", config.run, Pixels(p), size, out)
     if config.init == "random":
         if "seed" not in recipe:
             raise ValueError(f"{config.run} has no recipe.json with the seed of its initial weights.")
         torch.manual_seed(recipe["seed"])  # as in train/pretrain.py, where the encoder is made first
         initial = Encoder(read_config(folder / CONFIG))
-        return EncoderUnderTest("random", config.run, FrozenEncoder(initial), size, out)
+        return EncoderUnderTest("random", config.run, FrozenEncoder(initial, span), size, out)
     pretraining = None
     if "data" in summary and "image_size" in recipe:
         pretraining = {**summary["data"], "image_size": recipe["image_size"]}
     name = {"target": "pretrained", "context": "context"}[config.weights]
-    return EncoderUnderTest(name, config.run, FrozenEncoder(encoder), size, out, pretraining)
+    return EncoderUnderTest(name, config.run, FrozenEncoder(encoder, span), size, out, pretraining)
 
 
 def count_pretrained_test_images(encoder: EncoderUnderTest, source: DataConfig, data: Data) -> int | None:

@@ -102,15 +102,18 @@ class Encoder(nn.Module):
         visible: Bool[Tensor, "B N"] | None = None,
         *,
         count: int | None = None,
+        span: tuple[int, int] | None = None,
     ) -> Float[Tensor, "B N D"]:
         """Features of all N patches; where hidden, the Transformer sees the learned mask token.
 
         `count`, here and below: the number of visible patches of every image, where it is known (see `Tokenizer`).
+        `span`: for images of another size than those of training, the patch grid (h, w) of training, over which the
+        positions are then spread (see `positions`).
         """
         tokens = self.tokenizer(images, visible, count=count)
         if visible is not None:
             tokens = torch.where(visible[..., None], tokens, self.mask_token.to(tokens.dtype))
-        return self.transformer(tokens, positions(self.tokenizer.grid(images), tokens))
+        return self.transformer(tokens, positions(self.tokenizer.grid(images), tokens, span))
 
     def pooled(
         self, images: Float[Tensor, "B 3 H W"], *, size: tuple[int, int] | None = None, crops: int = 1
@@ -123,10 +126,22 @@ class Encoder(nn.Module):
         views = cut_crops(images, size=size or (images.shape[2], images.shape[3]), crops=crops)
         return torch.stack([layer_norm(self(view).float()).mean(1) for view in views]).mean(0)
 
-    def last_blocks(self, images: Float[Tensor, "B 3 H W"], count: int) -> list[Float[Tensor, "B N D"]]:
+    def last_blocks(
+        self, images: Float[Tensor, "B 3 H W"], count: int, span: tuple[int, int] | None = None
+    ) -> list[Float[Tensor, "B N D"]]:
         """Features of whole images after each of the last `count` blocks, in the order of the blocks."""
         tokens = self.tokenizer(images)
-        return self.transformer.last_blocks(tokens, positions(self.tokenizer.grid(images), tokens), count)
+        return self.transformer.last_blocks(tokens, positions(self.tokenizer.grid(images), tokens, span), count)
+
+    def last_attention(
+        self, images: Float[Tensor, "B 3 H W"], span: tuple[int, int] | None = None
+    ) -> Float[Tensor, "B heads N N"]:
+        """Attention weights of the last block from each patch to each patch; registers are left out."""
+        attention, inputs = self.transformer.blocks[-1].attention, []
+        with attention.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0])):
+            self(images, span=span)
+        registers = self.config.registers
+        return attention.weights(inputs[0])[..., registers:, registers:]
 
     def forward_visible(
         self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"], *, count: int | None = None
@@ -227,20 +242,32 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Float[Tensor, "B n D"]) -> Float[Tensor, "B n D"]:
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        q, k, v = self._by_head(x)
         rate = self.attention_dropout if self.training else 0.0
         slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
         attend = _attend_by_products if slow else F.scaled_dot_product_attention
         x = attend(q, k, v, dropout_p=rate)
         return self.dropout(self.proj(rearrange(x, "b h n d -> b n (h d)")))
 
+    def weights(self, x: Float[Tensor, "B n D"]) -> Float[Tensor, "B h n n"]:
+        """How much each token (row) attends to each token (column); rows sum to 1."""
+        q, k, _ = self._by_head(x)
+        return _weights(q, k)
+
+    def _by_head(self, x: Float[Tensor, "B n D"]) -> Float[Tensor, "3 B h n d"]:
+        """Queries, keys and values."""
+        return rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+
+
+def _weights(q: Float[Tensor, "B h n d"], k: Float[Tensor, "B h n d"]) -> Float[Tensor, "B h n n"]:
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
+
 
 def _attend_by_products(
     q: Float[Tensor, "B h n d"], k: Float[Tensor, "B h n d"], v: Float[Tensor, "B h n d"], *, dropout_p: float
 ) -> Float[Tensor, "B h n d"]:
     """Attention as two matrix products: in bf16 on a CPU PyTorch's own kernels take 2 to 12 times as long."""
-    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
-    return F.dropout(weights, dropout_p) @ v
+    return F.dropout(_weights(q, k), dropout_p) @ v
 
 
 class SwiGLU(nn.Module):
@@ -287,24 +314,33 @@ def layer_norm(x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
     return F.layer_norm(x, x.shape[-1:])
 
 
-def positions(grid: tuple[int, int], like: Float[Tensor, "*B D"]) -> Float[Tensor, "N D"]:
+def positions(
+    grid: tuple[int, int], like: Float[Tensor, "*B D"], span: tuple[int, int] | None = None
+) -> Float[Tensor, "N D"]:
     """Fixed 2-D sine-cosine positions: the first half of D encodes the row, the second half the column.
 
     Each half is [sin, cos] of index / 10000**(i / (D/4)), i = 0 .. D/4 - 1 (arXiv 1706.03762, 2111.06377). Device and
-    dtype are those of `like`.
+    dtype are those of `like`. With `span`, another grid, the indices are spread over its extent: an image at twice the
+    size of training then has the positions of training and those half-way between them.
     """
     # A tensor that is computed while a graph is traced must not be kept beyond the trace.
     traced = torch.compiler.is_compiling() or type(like) is not Tensor
     axis = axis_positions if traced else cached_axis_positions
-    rows, columns = (axis(length, like.shape[-1] // 4, like.dtype, like.device) for length in grid)
+    extents = span or (None, None)
+    rows, columns = (axis(n, extent, like.shape[-1] // 4, like.dtype, like.device) for n, extent in zip(grid, extents))
     rows = repeat(rows, "h d -> (h w) d", w=grid[1])
     return torch.cat([rows, repeat(columns, "w d -> (h w) d", h=grid[0])], dim=1)
 
 
-def axis_positions(length: int, frequencies: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "n d"]:
+def axis_positions(
+    length: int, extent: int | None, frequencies: int, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "n d"]:
     """[sin, cos] of each index along one axis, d = 2 * frequencies; in float64 on the CPU, as MPS has no float64."""
+    index = torch.arange(length, dtype=torch.float64, device="cpu")
+    if extent is not None:
+        index = (index + 0.5) * (extent / length) - 0.5  # centres of patches stay where they are in the image
     omega = 10000.0 ** (-torch.arange(frequencies, dtype=torch.float64, device="cpu") / frequencies)
-    angle = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * omega
+    angle = index[:, None] * omega
     return torch.cat([angle.sin(), angle.cos()], dim=1).to(dtype).to(device)
 
 

@@ -43,9 +43,3 @@ def test_knn_report_and_table():
     assert table.row_count == 3 and table.title == "k-NN on 6 val images, 3 classes (chance 33.3 %)"
     without = report.knn_report(train, None, *some_encoders(), size=(16, 16))
     assert without == {"pixels": None, "init": None, "pretrained": None}
-
-
-def test_draw_tokens(tmp_path):
-    where = {"hide_ratio": 0.5, "mask_shape": "block", "device": torch.device("cpu")}
-    report.draw_tokens(tmp_path / "tokens.png", some_images(3), *some_encoders(), size=(16, 24), **where)
-    assert (tmp_path / "tokens.png").read_bytes()[:4] == b"\x89PNG"

@@ -166,6 +166,33 @@ def test_positions_by_hand():
     assert p[row * 3 + column].tolist() == pytest.approx(expected, abs=1e-6)
 
 
+def test_positions_span_the_extent_of_training():
+    like = torch.zeros(1, 8)
+    assert torch.equal(positions((2, 3), like, span=(2, 3)), positions((2, 3), like))
+    p = positions((4, 9), like, span=(2, 3))
+    row, column = 1, 5  # of patches half and a third as large: centred at 0.25 and 1.33 of those of training
+    angles = [row / 2 - 0.25, (row / 2 - 0.25) / 100], [column / 3 - 1 / 3, (column / 3 - 1 / 3) / 100]
+    expected = [f(angle) for axis in angles for f in (math.sin, math.cos) for angle in axis]
+    assert p[row * 9 + column].tolist() == pytest.approx(expected, abs=1e-6)
+    encoder, images = Encoder(TINY).eval(), torch.randn(1, 3, 64, 96)
+    assert torch.equal(encoder(images, span=(4, 6)), encoder(images)) and TINY.patch_size == 16
+    assert not torch.allclose(encoder(images, span=(2, 3)), encoder(images), atol=1e-3)
+    torch.testing.assert_close(encoder.last_blocks(images, 1, span=(2, 3))[0], encoder(images, span=(2, 3)))
+
+
+def test_attention_weights_are_those_of_the_last_block():
+    """Applied to the values they give the output of the attention; those between patches leave out registers."""
+    encoder, images = Encoder(TINY).eval(), torch.randn(2, 3, 32, 48)
+    attention, seen = encoder.transformer.blocks[-1].attention, []
+    attention.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    weights = encoder.last_attention(images)
+    ((x, output),) = seen
+    full = attention.weights(x)
+    value = attention.qkv(x).chunk(3, dim=-1)[2].unflatten(-1, (TINY.heads, -1)).transpose(1, 2)
+    torch.testing.assert_close(attention.proj((full @ value).transpose(1, 2).flatten(2)), output)
+    assert weights.shape == (2, TINY.heads, 6, 6) and torch.equal(weights, full[..., 2:, 2:])
+
+
 class DTypes(TorchDispatchMode):
     """Collects (device type, dtype) of every tensor that an operation returns."""
 

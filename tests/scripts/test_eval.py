@@ -17,7 +17,9 @@ import linear
 import pytest
 import table
 import torch
+import visualize
 from conftest import ROOT, TINY, write_photo
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -34,7 +36,8 @@ SCRIPTS = {  # name: what runs it, its flags, some of them shortened for the tes
     "attentive": (attentive.main, attentive.AttentiveConfig, {"epochs": 10}),
     "fewshot": (fewshot.run_few_shot, ProbeConfig, {}),
 }
-CONFIGS = {name: config for name, (_, config, _) in SCRIPTS.items()} | {"extract": extract.ExtractConfig}
+CONFIGS = {name: config for name, (_, config, _) in SCRIPTS.items()}
+CONFIGS |= {"extract": extract.ExtractConfig, "visualize": visualize.VisualizeConfig}
 
 
 @pytest.fixture(scope="module")
@@ -348,9 +351,46 @@ def test_table(run_folder, photos_folder, tmp_path, capsys):
     assert any(line.startswith(f"| {run_folder} pixels, 16 px | 100.0 ± ") for line in lines)
 
 
+@pytest.mark.parametrize("image_size, shape", [(None, (32, 32)), ((16, 24), (16, 24))])
+def test_visualize(run_folder, photos, tmp_path, capsys, image_size, shape):
+    """One class, no labels, names that are neither markup nor in the font; at two sizes."""
+    folder = photos({"only": 3})
+    (folder / "only" / "0.png").rename(folder / "only" / "[red] $x_ 🌼.png")
+    source = DataConfig(data=str(folder), cache_dir=tmp_path / "unused")
+    config = visualize.VisualizeConfig(
+        str(run_folder), source, images=2, image_size=image_size, stride=4, out=tmp_path / "pictures"
+    )
+    visualize.main(config)
+    assert f"{shape[0] // 4} x {shape[1] // 4} tokens, images of {shape[0]} x {shape[1]}" in capsys.readouterr().out
+    pictures = sorted((tmp_path / "pictures").iterdir())
+    assert [path.name for path in pictures] == ["attention.png", "similarity.png", "tokens.png"]
+    assert all(Image.open(path).width > 200 for path in pictures)
+    assert not (tmp_path / "unused").exists()
+
+
+def test_mistakes_of_visualize_end_in_one_line(run_folder, photos_folder, tmp_path, monkeypatch):
+    data = ["--data", photos_folder, "--out", tmp_path / "pictures"]
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG")
+    for arguments, message in (
+        ([tmp_path, *data], "expected encoder.safetensors and encoder.json"),
+        (data, "RUN"),
+        ([run_folder], "no images are named"),
+        ([run_folder, "--data", tmp_path], "torn.png"),
+        ([run_folder, *data, "--image-size", "20"], "multiple of patch_size 8"),
+        ([run_folder, *data, "--stride", "3"], "stride 3 does not divide patch_size 8"),
+        ([run_folder, *data, "--images", "0"], "images 0 must be 1 or more"),
+        ([run_folder, *data, "--points", "0.5", "1.5"], "point 0.5 1.5 is outside the image"),
+    ):
+        assert message in mistake(arguments, monkeypatch, "visualize")
+
+
 def mistake(arguments, monkeypatch, script="knn"):
     """The line with which a script ends."""
-    main, config, _ = {"table": (table.main, table.TableConfig, {}), **SCRIPTS}[script]
+    others = {
+        "table": (table.main, table.TableConfig, {}),
+        "visualize": (visualize.main, visualize.VisualizeConfig, {}),
+    }
+    main, config, _ = {**others, **SCRIPTS}[script]
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         subject.run_script(config, main)

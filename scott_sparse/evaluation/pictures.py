@@ -1,0 +1,237 @@
+"""Pictures of what an encoder sees: principal components, attention and similarity of its tokens.
+
+Pretrained at 48 pixels with patches of 8, an encoder has 6 x 6 tokens for an image. `on_fine_grid` gives more, in two
+ways that differ in what a token sees. In a larger image each patch is a smaller part of the scene: from about four
+times the size of training on, tokens tell outlines from areas and no longer one part from another. With overlapping
+patches a token sees as much as before: the encoder runs on shifted copies of the image, and their tokens interleave
+(shift-and-stitch, arXiv 1411.4038, section 3.2). On petals and photos of groceries parts show best with both: images of
+twice the size of training, and shifts to at least `ROWS` rows of tokens. At another size than in training the positions
+must be interpolated (`span` of `FrozenEncoder`): indices that were never seen in training show as a chequered pattern.
+"""
+
+import textwrap
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from matplotlib.figure import Figure
+
+from scott_sparse.data.images import Images
+from scott_sparse.data.sources import printable
+from scott_sparse.data.views import IMAGENET_MEAN, IMAGENET_STD
+from scott_sparse.evaluation.encoders import FrozenEncoder
+from scott_sparse.evaluation.features import eval_images
+from scott_sparse.shapes import Bool, Float, Tensor
+
+ROWS = 40  # of tokens, at least, along the shorter side of an image by default
+Point = tuple[float, float]
+Row = tuple[str, Float[Tensor, "B h w *rgb"]]
+
+
+def default_stride(size: tuple[int, int], patch_size: int) -> int:
+    """The patch size halved until images of `size` have `ROWS` rows and columns of tokens."""
+    stride = patch_size
+    while stride % 2 == 0 and min(size) // stride < ROWS:
+        stride //= 2
+    return stride
+
+
+@torch.inference_mode()
+def on_fine_grid(
+    features: Callable[[Float[Tensor, "1 3 H W"]], Float[Tensor, "1 N C"]],
+    images: Float[Tensor, "B 3 H W"],
+    *,
+    patch_size: int,
+    stride: int,
+) -> Float[Tensor, "B h w C"]:
+    """Features of patches that are `stride` pixels apart, h = H / stride, on the CPU; `features` are those of an image.
+
+    The encoder runs (patch_size / stride)^2 times, on copies that are shifted by multiples of `stride`. Raises
+    ValueError for a stride that does not divide the patch size, and sides that are no multiples of the patch size.
+    """
+    height, width = images.shape[-2:]
+    if stride < 1 or patch_size % stride:
+        raise ValueError(f"stride {stride} does not divide patch_size {patch_size}; use {patch_size} or half of it.")
+    shifts, margin = patch_size // stride, patch_size // 2
+    padded = F.pad(images, (margin, margin, margin, margin), mode="reflect")
+    fine = []
+    for image in padded.split(1):
+        views = (
+            image[..., top : top + height, left : left + width]
+            for top in range(stride // 2, stride // 2 + patch_size, stride)
+            for left in range(stride // 2, stride // 2 + patch_size, stride)
+        )
+        stacked = torch.stack([features(view).float().cpu() for view in views])
+        grid = {"h": height // patch_size, "w": width // patch_size, "i": shifts, "j": shifts}
+        fine.append(rearrange(stacked, "(i j) 1 (h w) c -> 1 (h i) (w j) c", **grid))
+    return torch.cat(fine)
+
+
+def tokens_of(
+    encoder: FrozenEncoder, images: Float[Tensor, "B 3 H W"], *, stride: int | None = None
+) -> Float[Tensor, "B h w D"]:
+    """Tokens of the last block on a fine grid."""
+    return _features(encoder, lambda view: encoder(view)[1], images, stride)
+
+
+def attention_of(
+    encoder: FrozenEncoder, images: Float[Tensor, "B 3 H W"], *, stride: int | None = None
+) -> Float[Tensor, "B h w heads"]:
+    """How much attention each patch receives in the last block, averaged over all patches that attend, by head.
+
+    As there is no class token whose attention could be shown. 1 is the mean over the patches.
+    """
+
+    def received(view: Tensor) -> Tensor:
+        weights = encoder.encoder.last_attention(view, encoder.span).mean(2).mT
+        return weights / weights.mean(1, keepdim=True)
+
+    return _features(encoder, received, images, stride)
+
+
+def _features(encoder: FrozenEncoder, features: Callable, images: Tensor, stride: int | None) -> Tensor:
+    p, device = encoder.encoder.config.patch_size, next(encoder.parameters()).device
+    stride = default_stride((images.shape[2], images.shape[3]), p) if stride is None else stride
+    return on_fine_grid(features, images.to(device), patch_size=p, stride=stride)
+
+
+def principal_components(tokens: Float[Tensor, "n D"], count: int) -> Float[Tensor, "n count"]:
+    """Coordinates along the first principal components."""
+    centred = tokens - tokens.mean(0)
+    return centred @ torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :count]
+
+
+def foreground(tokens: Float[Tensor, "B h w D"]) -> Bool[Tensor, "B h w"]:
+    """One side of the first principal component of all tokens: the one with less than half of the border patches."""
+    B, h, w, _ = tokens.shape
+    inside = rearrange(principal_components(tokens.flatten(0, 2), 1) > 0, "(b h w) 1 -> b h w", b=B, h=h)
+    border = torch.ones(h, w, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    if inside[:, border].float().mean() > 0.5:
+        inside = ~inside
+    return inside if inside.any() else ~inside  # images of one colour
+
+
+def principal_colours(tokens: Float[Tensor, "B h w D"]) -> Float[Tensor, "B h w 3"]:
+    """The first three principal components of the foreground as red, green and blue in [0, 1]; background white.
+
+    The components are those of all images together, so that equal colours mean similar features (DINOv2, arXiv
+    2304.07193, figure 1).
+    """
+    inside = foreground(tokens)
+    colours = principal_components(tokens[inside], 3)
+    low, high = colours.quantile(torch.tensor([0.02, 0.98]), dim=0)
+    picture = torch.ones(*inside.shape, 3)
+    picture[inside] = ((colours - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    return picture
+
+
+def similarity_to(tokens: Float[Tensor, "B h w D"], point: Point) -> Float[Tensor, "B h w"]:
+    """Cosine similarity of the token of the first image at `point`, (down, across) in 0 to 1, to all tokens."""
+    h, w = tokens.shape[1:3]
+    if not all(0 <= share <= 1 for share in point):
+        raise ValueError(f"point {point[0]:g} {point[1]:g} is outside the image; give shares of its sides, 0 to 1.")
+    directions = F.normalize(tokens, dim=-1)
+    return directions @ directions[0, min(int(point[0] * h), h - 1), min(int(point[1] * w), w - 1)]
+
+
+def titles_of(images: Images, classes: Sequence[str] | None) -> list[str]:
+    """The class of each image, or the name of its file."""
+    labels = [-1] * len(images) if images.labels is None else images.labels.tolist()
+    named = zip(images.names, labels)
+    return [classes[label] if classes and label >= 0 else Path(name).name for name, label in named]
+
+
+def draw_tokens(
+    path: Path,
+    images: Images,
+    encoders: Mapping[str, FrozenEncoder],
+    *,
+    size: tuple[int, int],
+    stride: int | None = None,
+    titles: Sequence[str] | None = None,
+) -> dict[str, Float[Tensor, "B h w D"]]:
+    """Write a PNG with a column for each image; rows: images, then the `principal_colours` for each encoder by name.
+
+    `size`: (height, width) of the images in pixels; `stride`: pixels between tokens. Returns the tokens by encoder.
+    """
+    views = eval_images(images, torch.arange(len(images)), size=size)
+    tokens = {name: tokens_of(encoder, views, stride=stride) for name, encoder in encoders.items()}
+    _draw(path, images, [(name, principal_colours(each)) for name, each in tokens.items()], size, titles)
+    return tokens
+
+
+def draw_attention(
+    path: Path,
+    images: Images,
+    encoder: FrozenEncoder,
+    *,
+    size: tuple[int, int],
+    stride: int | None = None,
+    titles: Sequence[str] | None = None,
+) -> None:
+    """As `draw_tokens`, with a row for each head of the last block (`attention_of`); each map in its own scale."""
+    views = eval_images(images, torch.arange(len(images)), size=size)
+    heads = attention_of(encoder, views, stride=stride).unbind(-1)
+    rows = [(f"head {i}", head / head.amax((1, 2), keepdim=True)) for i, head in enumerate(heads, 1)]
+    _draw(path, images, rows, size, titles)
+
+
+def draw_similarity(
+    path: Path,
+    images: Images,
+    tokens: Mapping[str, Float[Tensor, "B h w D"]],
+    *,
+    points: Sequence[Point],
+    size: tuple[int, int],
+    titles: Sequence[str] | None = None,
+) -> None:
+    """As `draw_tokens`, with a row for each point of the first image and each encoder (`similarity_to`)."""
+    rows = [
+        (f"{chr(ord('A') + i)}, {name}", similarity_to(each, point).clamp(0, 1))
+        for i, point in enumerate(points)
+        for name, each in tokens.items()
+    ]
+    _draw(path, images, rows, size, titles, points)
+
+
+def _draw(
+    path: Path,
+    images: Images,
+    rows: Sequence[Row],
+    size: tuple[int, int],
+    titles: Sequence[str] | None,
+    points: Sequence[Point] = (),
+) -> None:
+    """A column for each image, with the image in the first row, in which `points` of the first image are marked.
+
+    A row's pictures are colours, or maps with values in [0, 1], for an image of `size`.
+    """
+    height, width = size
+    views = eval_images(images, torch.arange(len(images)), size=(2 * height, 2 * width))  # sharper than the maps
+    pixels = views * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
+    rows = [("image", rearrange(pixels.clamp(0, 1), "b c H W -> b H W c")), *rows]
+    figure = Figure(figsize=(1.3 * len(images) + 0.3, 1.33 * height / width * len(rows) + 0.35), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    grid = figure.subplots(len(rows), len(images), squeeze=False)
+    for axes, (name, pictures) in zip(grid, rows):
+        for axis, picture in zip(axes, pictures):
+            smooth = "nearest" if picture.ndim == 3 else "bicubic"
+            extent = (0, width, height, 0)
+            axis.imshow(picture.numpy(), interpolation=smooth, cmap="inferno", vmin=0, vmax=1, extent=extent)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        axes[0].set_ylabel(name, fontsize=8)
+    for i, (down, across) in enumerate(points):
+        style = {"color": "white", "fontsize": 8, "ha": "center", "va": "center", "weight": "bold"}
+        box = {"boxstyle": "circle,pad=0.15", "facecolor": "black", "edgecolor": "white"}
+        grid[0, 0].text(across * width, down * height, chr(ord("A") + i), bbox=box, **style)
+    for axis, title in zip(grid[0], titles or ()):
+        text = "\n".join(textwrap.wrap(printable(title), 20, max_lines=3, placeholder="…"))
+        axis.set_title(text, fontsize=6, parse_math=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # an emoji in a file's name is drawn as a box
+        figure.savefig(path, dpi=95)

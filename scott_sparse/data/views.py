@@ -22,10 +22,9 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from scott_sparse.cli import ADVANCED
+from scott_sparse.model.preprocess import IMAGENET_MEAN as IMAGENET_MEAN
+from scott_sparse.model.preprocess import IMAGENET_STD as IMAGENET_STD
 from scott_sparse.shapes import Bool, Float, Int, Tensor, UInt8
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 OPS = ("brightness", "contrast", "saturation", "hue", "grey", "blur")  # `Views.ops` holds indices of this tuple
 IDLE = len(OPS)
@@ -177,14 +176,6 @@ def make_views(
     images = backend.colour(torch.cat([resized, resized[::V]]), ops=ops, amounts=amounts)
     context, target = backend.normalise(images).split([B * V, B])
     return context.unflatten(0, (B, V)), target
-
-
-def center_crop_boxes(sizes: Int[Tensor, "B 2"], *, size: tuple[int, int]) -> Int[Tensor, "B 4"]:
-    """The largest centred box of the aspect ratio of `size` in each image of (height, width) = `sizes`."""
-    aspect = torch.tensor(size)
-    scale = (sizes / aspect).amin(1, keepdim=True)
-    extents = torch.minimum((scale * aspect).round().long().clamp(min=1), sizes)
-    return torch.cat([(sizes - extents) // 2, extents], dim=1)
 
 
 def resize(

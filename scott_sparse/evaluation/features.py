@@ -17,10 +17,11 @@ from torch.utils.data import Dataset
 
 from scott_sparse.data.batches import load
 from scott_sparse.data.images import Images
-from scott_sparse.data.views import ViewConfig, center_crop_boxes, draw_views, resize
+from scott_sparse.data.views import ViewConfig, draw_views, resize
 from scott_sparse.distributed import process_state
 from scott_sparse.evaluation.encoders import ImageEncoder
 from scott_sparse.files import write_atomically
+from scott_sparse.model.preprocess import center_crop_boxes
 from scott_sparse.randomness import generator_at
 from scott_sparse.shapes import Bool, Float, Int, Tensor, UInt8
 

@@ -93,10 +93,12 @@ def open_encoder(config: ProbeConfig) -> EncoderUnderTest:
     out = config.out or (folder / "eval" if folder.is_dir() else Path("runs", folder.name, "eval"))
     files = (folder / name for name in ("recipe.json", "summary.json"))
     recipe, summary = (read_json(file) if file.is_file() else {} for file in files)
-    if size is None:
-        if "image_size" not in recipe:
-            raise ValueError(f"{config.run} does not say at which image size it was trained; give --image-size.")
+    if size is None and "image_size" in recipe:
         size = _height_width(recipe["image_size"])
+    if size is None:
+        if encoder.preprocess is None:
+            raise ValueError(f"{config.run} does not say at which image size it was trained; give --image-size.")
+        size = encoder.preprocess.image_size
     if config.init == "pixels":
         return EncoderUnderTest("pixels", config.run, Pixels(encoder.config.patch_size), size, out)
     if config.init == "random":

@@ -16,11 +16,11 @@ from scott_sparse.data.views import (
     OPS,
     ViewConfig,
     Views,
-    center_crop_boxes,
     draw_views,
     make_views,
     resize,
 )
+from scott_sparse.model.preprocess import center_crop_boxes
 
 ORACLE = {
     "brightness": TF.adjust_brightness,

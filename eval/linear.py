@@ -15,8 +15,8 @@ from scott_sparse.evaluation.subject import ProbeConfig, run_script
 
 @dataclasses.dataclass(frozen=True)
 class LinearConfig(ProbeConfig):
-    solver: Literal["lbfgs", "sgd"] = "lbfgs"
-    """lbfgs: fit to the optimum for each of 15 L2 penalties. sgd: train with each of 13 learning rates."""
+    solver: Literal["newton", "sgd"] = "newton"
+    """newton: fit to the optimum for each of 15 L2 penalties. sgd: train with each of 13 learning rates."""
     epochs: int = 100
     """Passes over the training features; for --solver sgd only."""
     copies: int = 0

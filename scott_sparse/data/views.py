@@ -22,10 +22,9 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from scott_sparse.cli import ADVANCED
+from scott_sparse.model.preprocess import IMAGENET_MEAN as IMAGENET_MEAN
+from scott_sparse.model.preprocess import IMAGENET_STD as IMAGENET_STD
 from scott_sparse.shapes import Bool, Float, Int, Tensor, UInt8
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 OPS = ("brightness", "contrast", "saturation", "hue", "grey", "blur")  # `Views.ops` holds indices of this tuple
 IDLE = len(OPS)

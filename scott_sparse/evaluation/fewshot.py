@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from scott_sparse.evaluation.linear import Scale, fit_lbfgs
+from scott_sparse.evaluation.linear import Scale, fit_newton
 from scott_sparse.evaluation.metrics import Scores, score
 from scott_sparse.evaluation.probe import ProbeConfig, load_probe_data, write_result
 from scott_sparse.evaluation.report import make_table
@@ -34,7 +34,7 @@ def run_few_shot(config: ProbeConfig) -> None:
 
     def scores_of(shots: int, draw: int) -> Scores:
         rows = draw_shots(labels, shots, draw)
-        (layer,) = fit_lbfgs(train[rows], labels[rows], classes=classes, penalties=(1 / len(rows),))
+        (layer,) = fit_newton(train[rows], labels[rows], classes=classes, penalties=(1 / len(rows),))
         return score(F.linear(test, *layer), data.test_labels)
 
     scores = {shots: [scores_of(shots, draw) for draw in range(DRAWS)] for shots in SHOTS}

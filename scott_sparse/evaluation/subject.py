@@ -98,6 +98,8 @@ def open_encoder(config: ProbeConfig) -> EncoderUnderTest:
     files = (folder / name for name in ("recipe.json", "summary.json"))
     recipe, summary = (read_json(file) if file.is_file() else {} for file in files)
     trained = _height_width(recipe["image_size"]) if "image_size" in recipe else None
+    if trained is None and encoder.preprocess is not None:
+        trained = encoder.preprocess.image_size
     if size is None:
         if trained is None:
             raise ValueError(f"{config.run} does not say at which image size it was trained; give --image-size.")

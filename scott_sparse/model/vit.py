@@ -16,6 +16,7 @@ from einops import rearrange, repeat
 from torch import nn
 
 from scott_sparse.model.crops import cut_crops
+from scott_sparse.model.preprocess import Preprocess
 from scott_sparse.model.tokenizer import TOKENIZERS
 from scott_sparse.shapes import Bool, Float, Tensor
 
@@ -83,8 +84,13 @@ class EncoderConfig:
 class Encoder(nn.Module):
     """Tokenizer and Transformer: images (B, 3, H, W) to features (B, N, D), for any grid.
 
-    After `.half()` or `.bfloat16()` images of any precision are taken, and features have that of the weights.
+    Images are normalised as in training: `preprocess` does that. Pixels from 0 to 1 give features without an error,
+    but far worse ones. After `.half()` or `.bfloat16()` images of any precision are taken, and features have that of
+    the weights.
     """
+
+    preprocess: Preprocess | None = None
+    """From a picture to the images of training; None if its encoder.json does not say how."""
 
     def __init__(self, config: EncoderConfig, *, engine: str = "auto"):
         super().__init__()

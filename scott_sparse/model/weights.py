@@ -1,9 +1,10 @@
 """Encoders on disk, and the state dicts of the paper's code.
 
 encoder = load_encoder("runs/demo")        # or a Hugging Face Hub repository, "owner/name"
+features = encoder(encoder.preprocess(image)[None])
 
 A run folder has the target encoder, the one to use, in `encoder.safetensors`, the context encoder that the target
-follows in `context.safetensors`, and their config in `encoder.json`.
+follows in `context.safetensors`, and their config and preprocessing in `encoder.json`.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save
 
 from scott_sparse.files import load_strictly, read_json, write_atomically, write_json
+from scott_sparse.model.preprocess import Preprocess
 from scott_sparse.model.vit import Encoder, EncoderConfig
 from scott_sparse.shapes import Tensor
 
@@ -34,12 +36,19 @@ _FROM_PAPER = (  # (pattern in the paper's state dict, our name)
 )
 
 
-def save_encoder(encoder: Encoder, folder: str | Path, *, weights: str = "target") -> None:
-    """Write config and weights into `folder`, as its "target" or "context" encoder; each file is written atomically."""
+def save_encoder(
+    encoder: Encoder, folder: str | Path, *, weights: str = "target", preprocess: Preprocess | None = None
+) -> None:
+    """Write config and weights into `folder`, as its "target" or "context" encoder; each file is written atomically.
+
+    `preprocess`: what the encoder was trained with; default: that of `encoder`.
+    """
+    preprocess = preprocess or encoder.preprocess
     folder = Path(folder)
     state = save({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()})
     write_atomically(folder / WEIGHTS[weights], state)
-    write_json(folder / CONFIG, dataclasses.asdict(encoder.config))
+    entry = {"preprocess": preprocess.to_json()} if preprocess else {}
+    write_json(folder / CONFIG, {**dataclasses.asdict(encoder.config), **entry})
 
 
 def load_encoder(source: str | Path, *, weights: str = "target", engine: str = "auto") -> Encoder:
@@ -60,12 +69,18 @@ def load_encoder(source: str | Path, *, weights: str = "target", engine: str = "
     with torch.device("meta"):  # a config may claim any size; memory is allocated for weights that are there
         encoder = Encoder(config, engine=engine)
     load_strictly(encoder, folder / WEIGHTS[weights])
+    if (entry := read_json(folder / CONFIG).get("preprocess")) is not None:
+        try:
+            encoder.preprocess = Preprocess.from_json(entry)
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG}: {error}") from None
     return encoder.eval()
 
 
 def read_config(path: Path) -> EncoderConfig:
     """The config in an encoder.json. Raises ValueError for unknown or missing fields, wrong types and wrong values."""
     fields, kinds = read_json(path), get_type_hints(EncoderConfig)
+    fields.pop("preprocess", None)  # see `load_encoder`
     for name, value in fields.items():
         if name not in kinds:
             raise ValueError(f"{path}: unknown field {name[:40]!r}; expected some of {', '.join(kinds)}.")

@@ -26,6 +26,7 @@ from scott_sparse.distributed import full_state_dict, main_then_broadcast, on_al
 from scott_sparse.files import write_json
 from scott_sparse.model.jepa import MIMJEPA, make_target
 from scott_sparse.model.losses import draw_projections
+from scott_sparse.model.preprocess import Preprocess
 from scott_sparse.model.tokenizer import TOKENIZERS
 from scott_sparse.model.vit import Encoder
 from scott_sparse.model.weights import save_encoder
@@ -121,8 +122,8 @@ class Run:
         context.load_state_dict(full_state_dict(encoder))
 
         def save() -> None:
-            save_encoder(target, self.out)
-            save_encoder(context, self.out, weights="context")
+            save_encoder(target, self.out, preprocess=Preprocess(self.recipe.sides))
+            save_encoder(context, self.out, weights="context", preprocess=Preprocess(self.recipe.sides))
 
         try:
             main_then_broadcast(save)

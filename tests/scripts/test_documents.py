@@ -13,6 +13,7 @@ from conftest import ROOT
 
 from scott_sparse import Encoder, EncoderConfig, save_encoder
 from scott_sparse.evaluation.subject import ProbeConfig
+from scott_sparse.model.preprocess import Preprocess
 from scott_sparse.training import recipe as recipes
 
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -37,7 +38,7 @@ QUESTIONS = {
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.split("\n")[1])
 def test_snippets_run(snippet, tmp_path):
-    save_encoder(Encoder(EncoderConfig.named("demo", patch_size=8)), tmp_path)
+    save_encoder(Encoder(EncoderConfig.named("demo", patch_size=8)), tmp_path, preprocess=Preprocess((64, 96)))
     names = {}
     exec(snippet.replace('"RUN"', repr(str(tmp_path))), names)
     # Shapes promised in comments, such as "# (4, 140, 384)".

@@ -158,10 +158,10 @@ class Recipe:
         coloured, plain = self.views.crops - self.views.plain_crops, self.views.plain_crops
         if self.objective.cross_crop_weight and (coloured < 2 or plain == 1):
             groups = f"{coloured} and {plain} (plain_share {self.views.plain_share:g})" if plain else f"{coloured}"
-            needed = 4 if plain else 2
+            remedy = "--crops 4 or --plain-share 0" if plain else "--crops 2 or --cross-crop-weight 0"
             raise ValueError(
                 f"cross_crop_weight {self.objective.cross_crop_weight:g} compares crops of an image, but crops is "
-                f"{groups}; use --crops {needed} or --cross-crop-weight 0."
+                f"{groups}; use {remedy}."
             )
         if "ntxent" in self.objective.weights and self.batch_size < 2:
             raise ValueError(f"ntxent compares images, but batch_size is {self.batch_size}; use 2 or more.")

@@ -41,7 +41,7 @@ def test_other_values_are_refused(image):
 
 
 def test_a_run_says_what_its_encoder_wants(photos, tmp_path):
-    flags = ["--size", "demo", "--stem-width", 8, "--image-size", 16, 32, "--batch-size", 8, "--crops", 2]
+    flags = ["--size", "demo", "--stem-width", 8, "--image-size", 16, 32, "--batch-size", 8, "--crops", 4]
     flags += ["--epochs", 1, "--report-every", 0, "--data", photos({"a": 8, "b": 8}), "--out", tmp_path / "run"]
     assert run_pretraining(*flags)[0] is None
     encoder = load_encoder(tmp_path / "run")

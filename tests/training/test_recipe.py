@@ -66,7 +66,7 @@ MISTAKES = {
     "--hide-ratio 0": "hide_ratio 0.0 is outside (0, 1)",
     "--hide-ratio 1": "hide_ratio 1.0 is outside (0, 1)",
     "--crops 1": "cross_crop_weight 0.5 compares crops of an image, but crops is 1; use --crops 2",
-    "--crops 2 --plain-share 0.5": "but crops is 1 and 1 (plain_share 0.5); use --crops 4",
+    "--crops 2 --plain-share 0.5": "but crops is 1 and 1 (plain_share 0.5); use --crops 4 or --plain-share 0",
     "--batch-size 1": "ntxent compares images, but batch_size is 1",
     "--cross-crop-loss sigreg --temperature 0.1": "temperature 0.1 has no effect: it is for NT-Xent",
     "--mim-weight 0 --predictor-depth 2": "predictor_depth 2 has no effect: it is for MIM-JEPA, the loss is NT-Xent",

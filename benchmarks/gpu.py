@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REHEARSAL = "GPU_REHEARSAL" in os.environ
 EXIT_RESUME = 75  # of a run that --minutes ended
 GRACE_S = 10  # between the request to end and the kill
-ENDING_S = 25  # what a run needs after its --minutes
+ENDING_S = 45  # what a run needs after its --minutes
 PUBLISHED_EPOCHS, PUBLISHED_WARMUP = 300, 40
 MACHINE = """
 import json, platform, sys, torch
@@ -95,11 +95,11 @@ def stages(work: Path) -> list[Stage]:
     return [
         stage("machine", 30, sys.executable, "-c", MACHINE, paths["machine"], device),
         stage("parity", 60, *pytest, "--junitxml", paths["parity"]),
-        stage("tokenizer", 30, *stem_table, *shares, "--json", paths["tokenizer"]),
-        stage("step", 50, *step, "--forms", "bf16", "fp32", "--json", paths["step"]),
+        stage("tokenizer", 25, *stem_table, *shares, "--json", paths["tokenizer"]),
+        stage("step", 40, *step, "--forms", "bf16", "fp32", "--json", paths["step"]),
         stage(
             "compiled step",
-            45,
+            60,
             *(*step, "--forms", "bf16 compile", "--json", paths["compiled step"]),
             environment=inductor,
         ),

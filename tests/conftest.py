@@ -27,6 +27,13 @@ def engines_on(device: str) -> list[str]:
     return [name for name in ENGINES if name != "spconv" or spconv_failure(device) is None]
 
 
+def pytest_runtest_setup(item):
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    asked = any(isinstance(value, str) and value == "spconv" for value in parameters.values())
+    if asked and "spconv" not in engines_on(parameters.get("device", "cpu")):
+        pytest.skip("no package for the engine spconv on this device")
+
+
 # A run of a second, by the recipe small-data unless told otherwise. Flags that a test gives after these win.
 TINY_RUN = ["--size", "demo", "--stem-width", 8, "--image-size", 32, "--batch-size", 8]
 TINY_RUN += ["--crops", 2, "--plain-share", 0, "--colour", 0.6]

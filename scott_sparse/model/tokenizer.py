@@ -64,8 +64,9 @@ class Tokenizer(nn.Module):
         height, width = images.shape[-2:]
         return patches_along(height, self.patch_size), patches_along(width, self.patch_size)
 
-    def in_graphs(self, device: torch.device) -> bool:
-        """Whether what runs on a device can be a part of compiled graphs."""
+    @property
+    def in_graphs(self) -> bool:
+        """Whether it becomes a part of compiled graphs."""
         return True
 
     def forward(
@@ -78,8 +79,8 @@ class Tokenizer(nn.Module):
         """Tokens in raster order; zeros where hidden. `visible` None means that all patches are visible.
 
         `count`, here and below: the number of visible patches of every image, where it is known. Then the host does not
-        wait for a GPU, and the engines dense and halo compile to one graph. ValueError on a CPU if it is wrong; on a
-        GPU it is not checked.
+        wait for a GPU, and the engines "dense" and "halo", by name, compile to one graph. ValueError on a CPU if it is
+        wrong; on a GPU it is not checked.
         """
         h, w = self.grid(images)
         if visible is None:  # len(images) would be a constant of an exported graph
@@ -93,7 +94,7 @@ class Tokenizer(nn.Module):
         self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"], *, count: int | None = None
     ) -> tuple[Float[Tensor, "S D"], Int[Tensor, "S 2"]]:
         """Tokens of the visible patches only, image by image in raster order, and their (image, patch) indices."""
-        in_graph = count is not None and self.in_graphs(images.device)
+        in_graph = count is not None and self.in_graphs
         return (self._pack if in_graph else self._pack_outside_graphs)(images, visible, count)
 
     def packed_by_image(
@@ -163,8 +164,9 @@ class SparseTokenizer(Tokenizer):
         name = choose_engine(engine, device, visible_share=visible_share, dim=dim)
         return f"spconv (package {choose_package(str(device))[0]})" if name == "spconv" else name
 
-    def in_graphs(self, device: torch.device) -> bool:
-        return self.engine in ("dense", "halo") or (self.engine == "auto" and device.type == "cpu")
+    @property
+    def in_graphs(self) -> bool:
+        return self.engine in ("dense", "halo")  # "auto" may be spconv
 
     def _packed(self, images: Float[Tensor, "B 3 H W"], active: ActiveSites | None) -> Float[Tensor, "S D"]:
         engine: Engine

@@ -1,10 +1,10 @@
-"""Each visible patch with a halo, the border that its windows reach into; then one matrix product per convolution.
+"""Each visible patch with a halo, the border that its windows reach into; then ordinary layers without padding.
 
 The S visible patches are packed, (S, s, s, C) with s sites per side. A window of a strided convolution reads a few
 sites beyond its patch: those of neighbouring patches where these are visible, zeros where they are hidden or beyond the
 border of the image. Copied together they make a tile, (S, t, t, C), on which every layer is an ordinary one without
-padding. Nothing is computed for hidden patches. On a CPU a convolution is one product of its windows with the kernel,
-in the precision that autocast asks for.
+padding. Nothing is computed for hidden patches. A convolution has the precision that autocast asks for; on a CPU it is
+one product of its windows with the kernel, elsewhere and in compiled graphs PyTorch's own.
 """
 
 import itertools
@@ -34,7 +34,7 @@ class Halo:
         # The last window begins PADDING before the last but one site of the patch.
         tile = self.add_halo(x.to(dtype), PADDING, KERNEL - PADDING - 2)
         with torch.autocast(x.device.type, enabled=False):
-            if x.device.type != "cpu" or torch.compiler.is_compiling():  # 49 slices are slow to compile
+            if x.device.type != "cpu" or torch.compiler.is_compiling():
                 tile = rearrange(tile, "s y x c -> s c y x")
                 return rearrange(F.conv2d(tile, kernel.to(dtype), stride=2), "s k y x -> s y x k")
             return StridedConv.apply(tile, rearrange(kernel, "k c y x -> (y x c) k").to(dtype))

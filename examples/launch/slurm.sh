@@ -18,7 +18,7 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES))
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 srun --kill-on-bad-exit=0 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python "$@"' task \
-    train/pretrain.py --minutes 50 "$@"
+    train/pretrain.py "$@" --minutes "${MINUTES:-50}"
 code=$?
 
 # 75: the run has saved because its time was up, or because it got a signal. Any other code ends the job.

@@ -33,7 +33,7 @@ from scott_sparse.training.run import Run, RunFailed, accelerator_of, peak_memor
 from scott_sparse.training.saver import EXIT_RESUME, Interrupted
 
 WARM_UP_STEPS, TIMED_STEPS = 2, 3
-FIGURE_SECONDS = 2.0  # tokens.png and the import of matplotlib
+FIGURE_SECONDS, FIGURE_IMAGES = 2.0, 20  # tokens.png: matplotlib, and ten images through two encoders
 LINE_BYTES = 350  # of metrics.jsonl
 MIB = 2**20
 
@@ -45,8 +45,11 @@ class DoesNotFit(ValueError):
 class FirstSteps:
     """Times the first steps of a run, then prints what all of it takes; `after_step` is called after each step."""
 
-    def __init__(self, run: Run, count: int = WARM_UP_STEPS + TIMED_STEPS):
-        self.run, self.device, self.count = run, run.accelerator.device, count
+    def __init__(self, run: Run, count: int | None = None):
+        self.run, self.device = run, run.accelerator.device
+        self.group = max(run.workers, 1)  # steps that are timed together: workers deliver their batches in turns
+        prefetched = 2 * run.workers  # batches that were ready before the first step
+        self.count = count or WARM_UP_STEPS + prefetched + TIMED_STEPS * self.group
         self.times = [time.perf_counter()]
 
     def after_step(self, done: int, report: OnlineReport) -> None:
@@ -61,9 +64,10 @@ class FirstSteps:
 
     @property
     def seconds(self) -> float:
-        """Of a step: the median of those timed, or of all where a run has fewer."""
-        times = self.times[-1 - TIMED_STEPS :]
-        return statistics.median(end - start for start, end in itertools.pairwise(times))
+        """Of a step: the median of the last three groups, or of the last three steps where a run has fewer."""
+        group = self.group if len(self.times) > TIMED_STEPS * self.group else 1
+        times = self.times[::-group][: TIMED_STEPS + 1]
+        return statistics.median((end - start) / group for end, start in itertools.pairwise(times))
 
     def end(self, done: int, report: OnlineReport) -> None:
         """Print the plan in a line. What a report takes is known if the run has made one: a resumed one has not."""
@@ -114,7 +118,7 @@ class Plan:
     def end_seconds(self) -> float:
         """Of k-NN with the first and the last encoder, and the figure."""
         batches = _batches(self.run, self.run.data.train, self.run.val) if self.run.val else 0
-        return 2 * batches * self.batch_seconds + FIGURE_SECONDS
+        return (2 * batches + FIGURE_IMAGES / BATCH) * self.batch_seconds + FIGURE_SECONDS
 
     @property
     def seconds(self) -> float:
@@ -189,7 +193,7 @@ def rehearse(run: Run, train: Train) -> Plan:
             raise DoesNotFit(_what_fits(peaks, limit, run, last + int((limit - peak) / max(slope, 1e-3))))
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        count = WARM_UP_STEPS + TIMED_STEPS if size == whole else 2
+        count = None if size == whole else 2
         try:
             seconds = _step_seconds(dataclasses.replace(run, recipe=batch), train, count)
         except torch.OutOfMemoryError:
@@ -211,8 +215,8 @@ def rehearse(run: Run, train: Train) -> Plan:
     return Plan(run, report, seconds, report_seconds, batch_seconds, peaks[whole] + mapped)
 
 
-def _step_seconds(run: Run, train: Train, count: int) -> float:
-    """Of a step of a run, by its first `count` steps, in a folder that is removed."""
+def _step_seconds(run: Run, train: Train, count: int | None) -> float:
+    """Of a step of a run, by its first `count` steps (None: as `FirstSteps` takes), in a folder that is removed."""
     recipe = dataclasses.replace(run.recipe, report_every=0.0, save_every="99999999", minutes=None, tracker=None)
     accelerator, model = accelerator_of(recipe, run.out), copy.deepcopy(run.model)
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():

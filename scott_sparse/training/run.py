@@ -80,6 +80,14 @@ class Run:
     def encoder_parameters(self) -> int:
         return sum(p.numel() for p in self.model.encoder.parameters())
 
+    @property
+    def workers(self) -> int:
+        """Processes that prepare batches for this one."""
+        if self.recipe.workers is not None:
+            return self.recipe.workers
+        on_gpu = self.accelerator.device.type == "cuda"
+        return default_workers(streamed=self.recipe.source.cache == "none", on_gpu=on_gpu)
+
     def describe(self) -> None:
         """Print what is trained, and on what."""
         recipe, data, accelerator = self.recipe, self.data, self.accelerator
@@ -98,7 +106,7 @@ class Run:
 
     def batches(self, steps: range) -> Iterator[list[Batch]]:
         """This process's share of the batches of some steps: for each step one micro-batch per accumulation step."""
-        recipe, accelerator, on_gpu = self.recipe, self.accelerator, self.accelerator.device.type == "cuda"
+        recipe, accelerator = self.recipe, self.accelerator
         batches = Batches(
             self.data.pretrain,
             recipe.views,
@@ -111,10 +119,7 @@ class Run:
             process=accelerator.process_index,
             processes=accelerator.num_processes,
         )
-        workers = recipe.workers
-        if workers is None:
-            workers = default_workers(streamed=recipe.source.cache == "none", on_gpu=on_gpu)
-        return load(batches, steps, workers=workers, pin=on_gpu)
+        return load(batches, steps, workers=self.workers, pin=accelerator.device.type == "cuda")
 
     def save_weights(self, target: Encoder, encoder: Encoder) -> None:
         """Write the target and the context encoder; all processes take part. Raises RunFailed."""

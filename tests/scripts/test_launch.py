@@ -87,17 +87,18 @@ def test_slurm_requeues_a_run_until_it_has_ended(flags, environment, tmp_path):
     job |= {"PATH": f"{tmp_path}{os.pathsep}{environment['PATH']}", "SLURM_CPUS_PER_TASK": "1"}
     codes = []
     for minutes in ("0.0001", "50"):
-        command = ["bash", LAUNCH / "slurm.sh", *flags, "--minutes", minutes]
+        job["MINUTES"] = minutes
+        command = ["bash", LAUNCH / "slurm.sh", "small-data", *flags]
         done = subprocess.run(command, cwd=ROOT, env={**environment, **job}, capture_output=True, text=True)
         codes.append(done.returncode)
     assert codes == [75, 0], done.stderr
     assert (tmp_path / "requeued").read_text() == "requeue 4242\n"
-    assert "resuming after step 1 of 4" in done.stdout and summary(flags)["processes"] == 2
+    assert "resuming after step 1 of 2" in done.stdout and summary(flags)["processes"] == 2
 
 
 def test_slurm_asks_for_what_the_script_uses():
     asked = dict(re.findall(r"#SBATCH --([\w-]+)=(\S+)", (LAUNCH / "slurm.sh").read_text()))
     assert asked["ntasks-per-node"] == asked["gpus-per-node"]  # one process per GPU
-    minutes = int(re.search(r"--minutes (\d+)", (LAUNCH / "slurm.sh").read_text())[1])
+    minutes = int(re.search(r"MINUTES:-(\d+)", (LAUNCH / "slurm.sh").read_text())[1])
     hours, more, _ = map(int, asked["time"].split(":"))
     assert minutes < 60 * hours + more - int(asked["signal"].split("@")[1]) / 60

@@ -210,7 +210,7 @@ pretrain.main()
 RUNS = {
     "64 px": ["small-data", "--epochs", 12, "--batch-size", 32],
     "128 px": ["small-data-128", "--epochs", 2, "--batch-size", 16, "--report-every", 1],
-    "224 px": ["small-data-224", "--epochs", 1, "--batch-size", 8, "--report-every", 0],
+    "224 px": ["small-data-224", "--epochs", 3, "--batch-size", 4, "--report-every", 0],
 }
 
 
@@ -218,7 +218,7 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_takes_what_its_plan_says(name, photos, tmp_path, clean_environment):
     """Time and peak memory within 20 %, in processes of their own."""
-    data = photos({"a": 64, "b": 64}) if name != "224 px" else photos({".": 96})
+    data = photos({"a": 64, "b": 64}) if name != "224 px" else photos({".": 40})
     flags = [*RUNS[name], "--data", data, "--out", tmp_path / "run", "--cache-dir", tmp_path / "cache"]
     command = [sys.executable, "-c", BY_CPU_TIME, *map(str, flags)]
     printed = []

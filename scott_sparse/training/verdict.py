@@ -95,11 +95,11 @@ def what_to_try(recipe: Recipe, images: int) -> str:
 
     `images`: how many the run is pretrained on.
     """
-    passes, longer = round(recipe.epochs * images), f"--epochs {math.ceil(MIM_GAIN / images)}"
     if recipe.objective.cross_crop_weight:
-        unchanged, changed = "--colour 0 (colours unchanged)", "--colour 0.6 (crops may share nothing but colours)"
-        alone = f" or --cross-crop-weight 0 {longer} (MIM-JEPA alone)" if recipe.objective.mim_weight else ""
-        return f"; try {unchanged if recipe.views.colour else changed}{alone}"
+        half = "--plain-share 0.5 --colour 1 --crops 8 (the colours of half of the crops change)"
+        other = "--plain-share 0 (the colours of all crops change) or --plain-share 0 --colour 0 (of none)"
+        return f"; try {other if recipe.views.plain_crops else half}"
+    passes, longer = round(recipe.epochs * images), f"--epochs {math.ceil(MIM_GAIN / images)}"
     if passes < MIM_TURN:
         return f"; MIM-JEPA alone turns at about {MIM_TURN:,} image passes, this run has {passes:,}: try {longer}"
     return "; try eval/attentive.py, as MIM-JEPA alone learns in the tokens, or --cross-crop-weight 0.5 --crops 8"

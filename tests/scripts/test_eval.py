@@ -105,6 +105,13 @@ def test_random_is_the_runs_own_initialisation(run_folder, photos_folder, tmp_pa
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+@pytest.mark.parametrize("image_size, span", [(None, None), (16, None), (32, (2, 2)), ((16, 24), (2, 2))])
+def test_at_another_size_positions_span_the_grid_of_training(run_folder, image_size, span):
+    config = ProbeConfig(run=str(run_folder), image_size=image_size)
+    assert subject.open_encoder(config).model.span == span
+    assert subject.open_encoder(dataclasses.replace(config, init="random")).model.span == span
+
+
 def test_the_first_weights_of_a_run_are_those_of_its_seed(tmp_path, photos_folder, monkeypatch):
     """Of a real run, whose learning rate is next to nothing."""
     import pretrain

@@ -4,7 +4,8 @@ python eval/visualize.py runs/demo --data petals
 python eval/visualize.py runs/photos --data PHOTOS --image-size 448 --images 4
 
 A column for each image. tokens.png: the first three principal components of the patches of all images as red, green and
-blue, without the background, of the run's encoder before and after pretraining; equal colours mean similar features.
+blue, before and after pretraining; equal colours mean similar features. Then those of the foreground alone: the patches
+on one side of the first component, which is an object where all images show one, and any half of the patches elsewhere.
 attention.png: how much attention each patch receives in the last block, by head. similarity.png: cosine similarity of
 the patches A, B, ... of the first image to all patches of all images.
 """
@@ -17,8 +18,8 @@ import torch
 import tyro
 
 from scott_sparse.data.dataset import DataConfig, open_some
-from scott_sparse.evaluation.pictures import Point, draw_attention, draw_similarity, draw_tokens, titles_of
 from scott_sparse.evaluation.subject import ProbeConfig, open_encoder, run_script
+from scott_sparse.evaluation.visualize import Point, draw_attention, draw_similarity, draw_tokens, titles_of
 
 NAMES = {"untrained": "random", "pretrained": None}
 
@@ -33,8 +34,8 @@ class VisualizeConfig:
     images: int = 8
     """How many images, evenly spaced over val (without labels, over those to pretrain on)."""
     image_size: int | tuple[int, int] | None = None
-    """Side, or height and width, of the images in pixels. Default: twice that of training, which shows parts best.
-    At more than four times it tokens tell outlines apart, not parts."""
+    """Side, or height and width, of the images in pixels. Default: twice that of training.
+    The larger, the smaller the part of the scene that a patch shows: details and outlines rather than objects."""
     stride: int | None = None
     """Pixels between tokens, a divisor of the patch size; below it patches overlap, at more time. Default: halved
     until there are 40 rows."""

@@ -24,8 +24,8 @@ from scott_sparse.data.dataset import evenly_spaced
 from scott_sparse.data.views import make_views
 from scott_sparse.distributed import full_tensor
 from scott_sparse.evaluation.encoders import FrozenEncoder
-from scott_sparse.evaluation.pictures import draw_tokens
 from scott_sparse.evaluation.report import knn_report, knn_table
+from scott_sparse.evaluation.visualize import draw_tokens
 from scott_sparse.model.jepa import make_target, target_features, update_target
 from scott_sparse.model.vit import Encoder
 from scott_sparse.shapes import Tensor

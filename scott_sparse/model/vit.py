@@ -143,11 +143,12 @@ class Encoder(nn.Module):
         self, images: Float[Tensor, "B 3 H W"], span: tuple[int, int] | None = None
     ) -> Float[Tensor, "B heads N N"]:
         """Attention weights of the last block from each patch to each patch; registers are left out."""
-        attention, inputs = self.transformer.blocks[-1].attention, []
-        with attention.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0])):
+        last, inputs = self.transformer.blocks[-1], []
+        assert isinstance(last, Block)
+        with last.attention.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0])):
             self(images, span=span)
         registers = self.config.registers
-        return attention.weights(inputs[0])[..., registers:, registers:]
+        return last.attention.weights(inputs[0])[..., registers:, registers:]
 
     def forward_visible(
         self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"], *, count: int | None = None

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from conftest import write_photo
 from PIL import Image
 
 from scott_sparse.data import petals
-from scott_sparse.data.dataset import DataConfig, UnreadableImages, open_data
+from scott_sparse.data.dataset import DataConfig, UnreadableImages, open_data, open_some
 from scott_sparse.data.decode import pixel_digest
 from scott_sparse.data.images import Images
 from scott_sparse.data.splits import load_digests, save_digests
@@ -104,6 +105,15 @@ def test_petals(cache, few_petals, tmp_path):
     assert data.test.digests.tolist() == [pixel_digest(image) for image in images.permute(0, 2, 3, 1).numpy()]
 
 
+def test_some_petals_are_drawn_as_large_as_asked_for(tmp_path):
+    """The same flowers as those of the whole set, evenly spaced over val; no file is written."""
+    images, classes = open_some(DataConfig(data="petals", cache_dir=tmp_path / "unused"), 3, short_side=20)
+    assert images.names == [f"v{petals.VERSION}/val/{i}" for i in (0, 499, 999)] and classes == petals.CLASSES
+    assert images.labels.tolist() == [0, 24, 24] and images.sizes.tolist() == [[20, 20]] * 3
+    drawn = petals.render([499], split="val", size=20)[0][0].permute(1, 2, 0)
+    assert (images.read(1) == drawn.numpy()).all() and not (tmp_path / "unused").exists()
+
+
 def test_pretrained_images_are_recognised_in_another_folder(photos, tmp_path):
     data = opened(photos({"train/a": 5, "train/b": 5, "test/a": 3, "test/b": 3}), tmp_path)
     assert load_digests(tmp_path) is None
@@ -191,6 +201,14 @@ def test_unreadable_images_are_left_out_when_asked_to(cache, spoilt, tmp_path):
     seen = {*data.pretrain.names, *data.test.names}
     assert seen == {f"{name}/{i}.png" for name in "ab" for i in range(4)}
     assert data.pretrain.sizes.min() > 0
+
+
+def test_some_images_of_which_two_cannot_be_read(spoilt):
+    config = DataConfig(data=str(spoilt / "a"))
+    with pytest.raises(UnreadableImages, match="2 of 6 images cannot be read"):
+        open_some(config, 6, short_side=20)
+    images, classes = open_some(replace(config, skip_unreadable=True), 6, short_side=20)
+    assert images.names == [f"{i}.png" for i in range(4)] and classes is None and len(images.sizes) == 4
 
 
 def test_nothing_readable_stops_in_any_case(tmp_path):

@@ -105,6 +105,13 @@ def test_random_is_the_runs_own_initialisation(run_folder, photos_folder, tmp_pa
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+@pytest.mark.parametrize("image_size, span", [(None, None), (16, None), (32, (2, 2)), ((16, 24), (2, 2))])
+def test_at_another_size_positions_span_the_grid_of_training(run_folder, image_size, span):
+    config = ProbeConfig(run=str(run_folder), image_size=image_size)
+    assert subject.open_encoder(config).model.span == span
+    assert subject.open_encoder(dataclasses.replace(config, init="random")).model.span == span
+
+
 def test_the_first_weights_of_a_run_are_those_of_its_seed(tmp_path, photos_folder, monkeypatch):
     """Of a real run, whose learning rate is next to nothing."""
     import pretrain
@@ -364,12 +371,10 @@ def test_visualize(run_folder, photos, tmp_path, capsys, image_size, shape):
 
 def test_mistakes_of_visualize_end_in_one_line(run_folder, photos_folder, tmp_path, monkeypatch):
     data = ["--data", photos_folder, "--out", tmp_path / "pictures"]
-    (tmp_path / "torn.png").write_bytes(b"\x89PNG")
     for arguments, message in (
         ([tmp_path, *data], "expected encoder.safetensors and encoder.json"),
-        (data, "RUN"),
+        (data, "Run folder of train/pretrain.py. (required)"),
         ([run_folder], "no images are named"),
-        ([run_folder, "--data", tmp_path], "torn.png"),
         ([run_folder, *data, "--image-size", "20"], "multiple of patch_size 8"),
         ([run_folder, *data, "--stride", "3"], "stride 3 does not divide patch_size 8"),
         ([run_folder, *data, "--images", "0"], "images 0 must be 1 or more"),

@@ -2,11 +2,11 @@
 
 Pretrained at 48 pixels with patches of 8, an encoder has 6 x 6 tokens for an image. `on_fine_grid` gives more, in two
 ways that differ in what a token sees. In a larger image each patch is a smaller part of the scene: from about four
-times the size of training on, tokens tell outlines from areas and no longer one part from another. With overlapping
-patches a token sees as much as before: the encoder runs on shifted copies of the image, and their tokens interleave
-(shift-and-stitch, arXiv 1411.4038, section 3.2). On petals and photos of groceries parts show best with both: images of
-twice the size of training, and shifts to at least `ROWS` rows of tokens. At another size than in training the positions
-must be interpolated (`span` of `FrozenEncoder`): indices that were never seen in training show as a chequered pattern.
+times the size of training on, tokens of petals tell outlines from areas, no longer one part from another. With
+overlapping patches a token sees as much as before: the encoder runs on shifted copies of the image, and their tokens
+interleave (shift-and-stitch, arXiv 1411.4038, section 3.2). Petals show best with both: images of twice the size of
+training, and shifts to at least `ROWS` rows of tokens. At another size than in training the positions must be
+interpolated (`span` of `FrozenEncoder`): indices that were never seen in training show as a chequered pattern.
 """
 
 import textwrap
@@ -14,10 +14,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image
 
 from scott_sparse.data.images import Images
 from scott_sparse.data.sources import printable
@@ -115,13 +119,12 @@ def foreground(tokens: Float[Tensor, "B h w D"]) -> Bool[Tensor, "B h w"]:
     return inside if inside.any() else ~inside  # images of one colour
 
 
-def principal_colours(tokens: Float[Tensor, "B h w D"]) -> Float[Tensor, "B h w 3"]:
-    """The first three principal components of the foreground as red, green and blue in [0, 1]; background white.
+def principal_colours(tokens: Float[Tensor, "B h w D"], inside: Bool[Tensor, "B h w"]) -> Float[Tensor, "B h w 3"]:
+    """The first three principal components of the tokens `inside` as red, green and blue in [0, 1]; the others white.
 
     The components are those of all images together, so that equal colours mean similar features (DINOv2, arXiv
     2304.07193, figure 1).
     """
-    inside = foreground(tokens)
     colours = principal_components(tokens[inside], 3)
     low, high = colours.quantile(torch.tensor([0.02, 0.98]), dim=0)
     picture = torch.ones(*inside.shape, 3)
@@ -154,13 +157,19 @@ def draw_tokens(
     stride: int | None = None,
     titles: Sequence[str] | None = None,
 ) -> dict[str, Float[Tensor, "B h w D"]]:
-    """Write a PNG with a column for each image; rows: images, then the `principal_colours` for each encoder by name.
+    """Write a PNG with a column for each image; rows: images, then the `principal_colours` for each encoder by name, of
+    all patches and of the foreground.
 
     `size`: (height, width) of the images in pixels; `stride`: pixels between tokens. Returns the tokens by encoder.
     """
     views = eval_images(images, torch.arange(len(images)), size=size)
     tokens = {name: tokens_of(encoder, views, stride=stride) for name, encoder in encoders.items()}
-    _draw(path, images, [(name, principal_colours(each)) for name, each in tokens.items()], size, titles)
+    rows = []
+    for name, each in tokens.items():
+        inside = foreground(each)
+        rows.append((name, principal_colours(each, torch.ones_like(inside))))
+        rows.append((f"{name},\nforeground", principal_colours(each, inside)))
+    _draw(path, images, rows, size, titles)
     return tokens
 
 
@@ -212,14 +221,15 @@ def _draw(
     """
     height, width = size
     views = eval_images(images, torch.arange(len(images)), size=(2 * height, 2 * width))  # sharper than the maps
-    pixels = views * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
-    rows = [("image", rearrange(pixels.clamp(0, 1), "b c H W -> b H W c")), *rows]
-    figure = Figure(figsize=(1.3 * len(images) + 0.3, 1.33 * height / width * len(rows) + 0.35), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    colours = views * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
+    rows = [("image", rearrange(colours.clamp(0, 1), "b c H W -> b H W c")), *rows]
+    layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    figsize = 1.3 * len(images) + 0.3, 1.33 * height / width * len(rows) + 0.35
+    figure = Figure(figsize=figsize, dpi=90, layout=layout)
     grid = figure.subplots(len(rows), len(images), squeeze=False)
-    for axes, (name, pictures) in zip(grid, rows):
+    for number, (axes, (name, pictures)) in enumerate(zip(grid, rows)):
         for axis, picture in zip(axes, pictures):
-            smooth = "nearest" if picture.ndim == 3 else "bicubic"
+            smooth = "bicubic" if picture.ndim == 2 else "nearest" if number else "antialiased"
             extent = (0, width, height, 0)
             axis.imshow(picture.numpy(), interpolation=smooth, cmap="inferno", vmin=0, vmax=1, extent=extent)
             axis.set(xticks=[], yticks=[])
@@ -231,7 +241,10 @@ def _draw(
         grid[0, 0].text(across * width, down * height, chr(ord("A") + i), bbox=box, **style)
     for axis, title in zip(grid[0], titles or ()):
         text = "\n".join(textwrap.wrap(printable(title), 20, max_lines=3, placeholder="…"))
-        axis.set_title(text, fontsize=6, parse_math=False)
+        axis.set_title(text, fontsize=7, parse_math=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # an emoji in a file's name is drawn as a box
-        figure.savefig(path, dpi=95)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    Image.fromarray(pixels & 0xFC | pixels >> 6).save(path, optimize=True)  # 6 bits a channel: files half as large

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from scott_sparse.data.batches import load
 from scott_sparse.data.images import Images
+from scott_sparse.data.sources import printable
 from scott_sparse.data.views import ViewConfig, draw_views, resize
 from scott_sparse.distributed import process_state
 from scott_sparse.evaluation.encoders import ImageEncoder
@@ -160,4 +161,5 @@ def export_features(
         tensors["patches"] = torch.cat([part.tokens for part in features if part.tokens is not None])
     names = [name for part in parts for name in part.names]
     write_atomically(path, save(tensors, metadata={"names": json.dumps(names), "image_size": json.dumps(size)}))
-    print(f"{path}: {', '.join(f'{name} {tuple(tensor.shape)}' for name, tensor in tensors.items())}")
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+    print(printable(f"{path}: {shapes}"))

@@ -7,6 +7,8 @@ accelerate launch eval/attentive.py RUN --data flowers102 --protocol paper --cop
 import dataclasses
 import functools
 
+import checkout  # noqa: F401 - first
+
 from scott_sparse.evaluation.attentive import fit_attentive
 from scott_sparse.evaluation.probe import run_probe
 from scott_sparse.evaluation.subject import ProbeConfig, run_script

@@ -10,6 +10,7 @@ last block in half precision, row by row of the patch grid. Metadata, as JSON: `
 import dataclasses
 from pathlib import Path
 
+import checkout  # noqa: F401 - first
 import torch
 
 from scott_sparse.data.dataset import open_data, short_side_for

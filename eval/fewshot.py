@@ -3,6 +3,8 @@
 accelerate launch eval/fewshot.py runs/demo --data petals
 """
 
+import checkout  # noqa: F401 - first
+
 from scott_sparse.evaluation.fewshot import run_few_shot
 from scott_sparse.evaluation.subject import ProbeConfig, run_script
 

@@ -4,6 +4,8 @@ accelerate launch eval/knn.py runs/demo --data petals
 python eval/knn.py runs/demo --data petals --init pixels
 """
 
+import checkout  # noqa: F401 - first
+
 from scott_sparse.evaluation.knn import fit_knn
 from scott_sparse.evaluation.probe import run_probe
 from scott_sparse.evaluation.subject import ProbeConfig, run_script

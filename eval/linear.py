@@ -8,6 +8,8 @@ import dataclasses
 import functools
 from typing import Literal
 
+import checkout  # noqa: F401 - first
+
 from scott_sparse.evaluation.linear import fit_linear
 from scott_sparse.evaluation.probe import run_probe
 from scott_sparse.evaluation.subject import ProbeConfig, run_script

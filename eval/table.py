@@ -6,6 +6,7 @@ python eval/table.py runs/demo runs/timm-resnet18
 import dataclasses
 from pathlib import Path
 
+import checkout  # noqa: F401 - first
 import tyro
 
 from scott_sparse.evaluation.report import print_results

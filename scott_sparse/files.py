@@ -61,7 +61,9 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """A rename is on the disk once its folder is."""
+    """A rename is on the disk once its folder is; Windows cannot open folders, nor wait for them."""
+    if os.name == "nt":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -50,6 +51,7 @@ class Row:
     lost: int = 0
     seconds: int = 0
     note: str = ""
+    wrong: int = 0  # ends that are not as they should be
 
 
 class Scene:
@@ -200,6 +202,26 @@ def stop_at(scene: Scene, name: str, step: int) -> None:
         pretrain.update_target = update
 
     assert scene.end(scene.start(name, before=before)) == EXIT_RESUME, scene.output(name)
+
+
+def signal_the_group(scene: Scene, row: Row) -> None:
+    """As schedulers do: the run and its workers get SIGTERM or SIGUSR1 together. Each of them must end with code 75."""
+    random.seed(2)
+    codes = collections.Counter()
+    flags = (("--workers", "2"), ("--cache", "none"), ("--cache", "none", "--workers", "2"))
+    for i, (number, more) in enumerate(itertools.product((signal.SIGTERM, signal.SIGUSR1), flags)):
+        process = scene.start(f"group{i}", *more)
+        metrics = scene.folder / f"group{i}" / "metrics.jsonl"
+        while (not metrics.exists() or not metrics.stat().st_size) and process.is_alive():
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.2))
+        os.killpg(process.pid, number)
+        code = scene.end(process)
+        codes[code] += 1
+        if code != EXIT_RESUME or "Traceback" in scene.output(f"group{i}"):
+            row.wrong += 1
+        scene.compare(f"group{i}", row)
+    row.note = "exit codes " + ", ".join(f"{code} {count}x" for code, count in codes.most_common())
 
 
 def full_disk(scene: Scene, row: Row) -> None:
@@ -370,6 +392,7 @@ FAULTS = {
     "kill -9 at random moments": kill_at_random_moments,
     "kill -9 in each part of a save": kill_in_every_part_of_a_save,
     "SIGTERM at random moments": lambda scene, row: kill_at_random_moments(scene, row, signal.SIGTERM, 10),
+    "SIGTERM, SIGUSR1 to the process group": signal_the_group,
     "damaged checkpoint files": damage,
     "disk full": full_disk,
     "a worker killed": killed_worker,
@@ -417,7 +440,8 @@ def main() -> None:
     Console(width=140).print(table)
     print(f"{time.monotonic() - started:.0f} s")
     lost = [name for name in FAULTS if name not in rows or rows[name].lost]
-    sys.exit(f"steps were lost: {', '.join(lost)}" if lost else 0)
+    wrong = [name for name, row in rows.items() if row.wrong]
+    sys.exit(f"steps were lost or ends wrong: {', '.join([*lost, *wrong])}" if lost or wrong else 0)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ left out, `unreadable.txt`.
 import contextlib
 import sys
 
+import checkout  # noqa: F401 - first
 import torch
 
 from scott_sparse.cli import exit_on_user_error, exit_with_error
@@ -88,9 +89,8 @@ def train(run: Run, target: Encoder, first_steps: FirstSteps) -> dict:
             return context, target_images, part.visible.to(device, non_blocking=True)
 
     model.train()
-    batches = run.batches(range(start, schedules.total_steps))
     nonfinite = torch.zeros((), device=device)
-    with log, saver.signals:
+    with log, saver.signals, contextlib.closing(run.batches(range(start, schedules.total_steps))) as batches:
         if start == 0:
             report.after_step(0, None)
         for step in range(start, schedules.total_steps):

@@ -5,8 +5,11 @@ not change a run, and a run resumes at any step without the state of a generator
 """
 
 import os
+import pickle
+import shutil
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,10 +17,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from scott_sparse.data.images import Images
 from scott_sparse.data.views import ViewConfig, Views, draw_views
-from scott_sparse.distributed import cpu_count
+from scott_sparse.distributed import cpu_count, rank
 from scott_sparse.model.masks import draw_visible
 from scott_sparse.randomness import batch_indices, generator_at
 from scott_sparse.shapes import Bool, Tensor, UInt8
+
+SHARED_MEMORY = "/dev/shm"  # through which workers hand over tensors, on Linux
+PREFETCH = 2  # items that each worker prepares ahead, and PyTorch's default
+MARGIN = 1.5  # items differ in size, as crops do
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 
 
 @dataclass(frozen=True)
@@ -71,24 +79,51 @@ class Batches(Dataset):
         return parts
 
 
-def load(batches: Dataset, steps: range, *, workers: int, pin: bool) -> Iterator:
-    """The items of some steps in order, prepared ahead by `workers` processes, or on demand by this one if 0."""
-    return iter(
-        DataLoader(
-            batches,
-            batch_size=None,
-            sampler=steps,
-            num_workers=workers,
-            pin_memory=pin,
-            worker_init_fn=_ignore_stop_signals,
-            generator=torch.Generator(),  # else the workers' seed, unused here, is drawn from the global generator
-        )
+def load(batches: Dataset, steps: range, *, workers: int, pin: bool) -> Generator:
+    """The items of some steps in order, prepared ahead by `workers` processes, or on demand by this one if 0.
+
+    Fewer workers where shared memory is short. To be closed: workers end when the iterator does, not on a signal.
+    """
+    workers = workers_that_fit(batches, steps, workers)
+    yield from DataLoader(
+        batches,
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
+        pin_memory=pin,
+        worker_init_fn=_ignore_stop_signals,
+        generator=torch.Generator(),  # else the workers' seed, unused here, is drawn from the global generator
     )
+
+
+def workers_that_fit(batches: Dataset, steps: range, workers: int) -> int:
+    """As many of the workers as have shared memory for the items that they prepare ahead; a line says if not all do.
+
+    Without it they would wait for ever, or die of SIGBUS: a container's default is 64 MiB.
+    """
+    free = free_shared_bytes()
+    if not workers or not steps or free is None:
+        return workers
+    need = MARGIN * PREFETCH * len(pickle.dumps(batches[steps[0]]))
+    fitting = min(workers, int(free / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / need))
+    if fitting < workers and rank() == 0:
+        print(
+            f"note: {fitting} instead of {workers} workers prepare batches: each needs {need / 2**20:.0f} MiB of "
+            f"{SHARED_MEMORY}, which has {free / 2**20:.0f} MiB free; docker run --shm-size 8g gives more.",
+            file=sys.stderr,
+        )
+    return fitting
+
+
+def free_shared_bytes() -> int | None:
+    """Free shared memory of this machine; None where it has no limit of its own."""
+    return shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else None
 
 
 def _ignore_stop_signals(_: int) -> None:
     """Schedulers signal the whole process group; a run needs its workers for the step after which it saves and ends."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

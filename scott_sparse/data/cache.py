@@ -18,6 +18,8 @@ import os
 import re
 import shutil
 import struct
+import sys
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -31,21 +33,45 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.progress import track
 from safetensors.torch import load, save
 
 from scott_sparse.data.decode import bits_for, decode, largest_value, pixel_digest
 from scott_sparse.data.images import Images
 from scott_sparse.data.readers import FIRST_PAGE, Picture, Selection, Unreadable, prepare_pillow, reader_versions
-from scott_sparse.data.sources import Source
+from scott_sparse.data.sources import Source, printable
 from scott_sparse.distributed import cpu_count
 from scott_sparse.files import open_atomically
 from scott_sparse.shapes import Int, Tensor
 
 CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "scott_sparse"
+TEMPORARY_CACHE_DIR = Path(tempfile.gettempdir()) / f"scott_sparse-{getattr(os, 'getuid', lambda: 'cache')()}"
 FORMAT = 2  # part of every fingerprint: raise it whenever a decoded pixel or the layout of the file changes
 TRAILER = struct.Struct("<Q16s8s")  # length and digest of the index, then MAGIC
 MAGIC = b"scottpix"
+
+
+@functools.cache
+def writable_cache(folder: Path) -> Path:
+    """`folder`; if that is the default and cannot be written, one among the temporary files, and a line says so."""
+    if folder != CACHE_DIR:
+        return folder  # where it cannot be used, an error says so
+    try:
+        if str(folder).startswith("~"):
+            raise OSError("there is no home folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        return folder
+    except OSError as error:
+        reason = error.strerror or error
+    print(
+        f"note: decoded images and features are kept in {TEMPORARY_CACHE_DIR}, as {folder} cannot be written "
+        f"({reason}); name a folder with --cache-dir to keep them between runs.",
+        file=sys.stderr,
+    )
+    TEMPORARY_CACHE_DIR.mkdir(mode=0o700, exist_ok=True)
+    return TEMPORARY_CACHE_DIR
 
 
 def decode_once(
@@ -76,7 +102,12 @@ def decode_once(
     words, code = re.sub(r"[^A-Za-z0-9]+", "-", title)[-40:].strip("-"), _digest(repr(settings).encode()).hex()[:8]
     path = folder / f"{words}-{short_side}-{code}.images"
     try:  # an OSError of the source is not an OSError here: see `_picture`
-        index = _read_index(path, fingerprint)  # without a lock: a current file may be in a folder that is read-only
+        index = None
+        with contextlib.suppress(NotADirectoryError, PermissionError):  # a folder that cannot be used: see below
+            index = _read_index(path, fingerprint)  # without a lock, as a current file may be read-only
+        if index is None and writable_cache(folder) != folder:
+            path = writable_cache(folder) / path.name
+            folder, index = path.parent, _read_index(path, fingerprint)
         if index is None:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):  # one process decodes, the others wait and then find its file
@@ -204,7 +235,7 @@ def _write(
     find_bits = BitDepth(source, selection)
     with open_atomically(path, locked=True) as file:
         decoded = _decode_all(source, short_side, selection, find_bits)
-        console, description = Console(stderr=True), f"decoding {title}"
+        console, description = Console(stderr=True), f"decoding {escape(printable(title))}"
         for i, picture in enumerate(track(decoded, description, total, console=console, transient=True)):
             if i == -(-total // 10):
                 _check_room(folder=path.parent, needed=file.tell() * (total - i) // i)

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from scott_sparse.data.batches import load
 from scott_sparse.data.images import Images
+from scott_sparse.data.sources import printable
 from scott_sparse.data.views import ViewConfig, draw_views, resize
 from scott_sparse.distributed import process_state
 from scott_sparse.evaluation.encoders import ImageEncoder
@@ -176,4 +177,5 @@ def export_features(
     names = [name for part in parts for name in part.names]
     about = {"names": names, "image_size": size, "crops": crops}
     write_atomically(path, save(tensors, metadata={key: json.dumps(value) for key, value in about.items()}))
-    print(f"{path}: {', '.join(f'{name} {tuple(tensor.shape)}' for name, tensor in tensors.items())}")
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+    print(printable(f"{path}: {shapes}"))

@@ -99,8 +99,8 @@ def fit_newton(
         l2 = x.new_full((x.shape[1],), penalty)
         l2[-1] = 0
         starts = theta, 2 * theta - before
-        start = min(starts, key=lambda start, l2=l2: _loss(start, x @ start.T, labels, l2).item())
-        before, theta = theta, _minimise(start, x, labels, l2)
+        losses = [_loss(start, x @ start.T, labels, l2) for start in starts]
+        before, theta = theta, _minimise(starts[int(losses[1] < losses[0])], x, labels, l2)
         weight, bias = theta[:, :-1], theta[:, -1]
         layers.append(Layer((weight if rotation is None else weight @ rotation).cpu(), bias.cpu()))
     return layers

@@ -13,12 +13,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 
+from scott_sparse.data.cache import writable_cache
 from scott_sparse.data.dataset import Data, Images, open_data, short_side_for
+from scott_sparse.data.sources import printable
 from scott_sparse.distributed import process_state
 from scott_sparse.evaluation.encoders import fingerprint
 from scott_sparse.evaluation.features import FORMAT, Features, cached_features, extract
@@ -92,7 +95,7 @@ def load_probe_data(config: ProbeConfig, *, tokens: bool = False, copies: int = 
     def features_of(role: str, images: Images, copies: int = 0) -> Features | None:
         views = copies if config.crops == 1 else f"crops{config.crops}"
         name = f"{key}-{role}-{height}x{width}-{views}{'-tokens' * tokens}.safetensors"
-        path = source.cache_dir / "features" / name
+        path = writable_cache(source.cache_dir) / "features" / name
 
         def make() -> Features | None:
             how = {"copies": copies, "workers": config.workers}
@@ -181,7 +184,7 @@ def write_result(config: ProbeConfig, name: str, data: ProbeData, result: dict, 
         **result,
         "seconds": round(seconds, 1),
         "commit": commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": versions(),
         "command": " ".join(sys.argv),
     }
     distinguishing = ("weights_hash", "data_fingerprint", "protocol", "image_size", "settings")
@@ -193,8 +196,17 @@ def write_result(config: ProbeConfig, name: str, data: ProbeData, result: dict, 
     path = encoder.out / f"{'-'.join(filter(None, (name, data_name, protocol, subject, key)))}.json"
     write_json(path, result)
     draw_confusion(path.with_suffix(".png"), result["test"]["confusion"], data.classes)
-    print(f"{path}, {path.with_suffix('.png').name}")
+    print(printable(f"{path}, {path.with_suffix('.png').name}"))
     return result
+
+
+def versions() -> dict[str, str | None]:
+    """That of this package is None in a checkout that is not installed."""
+    try:
+        own = version("scott-sparse")
+    except PackageNotFoundError:
+        own = None
+    return {"python": platform.python_version(), "torch": torch.__version__, "scott-sparse": own}
 
 
 def commit() -> str | None:

@@ -1,16 +1,20 @@
 """Tables and figures: of one probe, of all results of some runs, and of pretraining."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
+from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from scott_sparse.data.images import Images
+from scott_sparse.data.sources import printable
 from scott_sparse.evaluation.encoders import FrozenEncoder, Pixels
 from scott_sparse.evaluation.features import extract
 from scott_sparse.evaluation.knn import knn_accuracy
@@ -19,19 +23,27 @@ from scott_sparse.model.vit import Encoder
 
 WORST_CLASSES = 10  # that are listed
 FIRST_COLUMNS = ("knn", "linear", "attentive")
+# Of these, those that are installed are tried in turn for each character of a class name. Matplotlib brings the first.
+FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen Hei", "Noto Sans Arabic"]
+FONTS += ["Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji", "Symbola", "Arial Unicode MS"]
+FONTS += ["PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "Malgun Gothic", "Segoe UI Emoji"]
 OURS = ("pixels", "random", "context", "pretrained")  # encoders that belong to a run
 
 
 def make_table(
     title: str, columns: Iterable[str], rows: Iterable[Sequence[str]], *, justify: Literal["left", "right"] = "right"
 ) -> Table:
-    """A table for the terminal; brackets in its texts, say in class names, are not markup."""
-    table = Table(title=escape(title))
+    """A table for the terminal; its texts, such as names of classes, are shown as they are: brackets are no markup."""
+    table = Table(title=_text(title))
     for column in columns:
-        table.add_column(escape(column), justify=justify)
+        table.add_column(_text(column), justify=justify)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(_text, row))
     return table
+
+
+def _text(text: str) -> Text:
+    return Text(printable(text))
 
 
 def print_scores(result: dict) -> None:
@@ -72,11 +84,17 @@ def draw_confusion(path: Path, confusion: list[list[int]], classes: Sequence[str
     image = axes.imshow(shares.numpy(), cmap="magma", vmin=0, vmax=100, interpolation="nearest")
     axes.set(xlabel="prediction", ylabel="label")
     if len(classes) <= 60:
-        names = [str(name) if len(str(name)) < 28 else f"{str(name)[:27]}…" for name in classes]
-        axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=7, parse_math=False)
-        axes.set_yticks(range(len(classes)), names, fontsize=7, parse_math=False)
+        names = [printable(str(name)) for name in classes]
+        names = [name if len(name) < 28 else f"{name[:27]}…" for name in names]
+        fonts = [font for font in FONTS if font in get_font_names()]
+        how: dict[str, Any] = {"fontsize": 7, "parse_math": False, "family": fonts}
+        axes.set_xticks(range(len(classes)), names, rotation=90, **how)
+        axes.set_yticks(range(len(classes)), names, **how)
     figure.colorbar(image, ax=axes, label="% of the label's images", shrink=0.8)
-    figure.savefig(path, dpi=110)
+    with warnings.catch_warnings():  # a character that no font here has is drawn as a box
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")
+        warnings.filterwarnings("ignore", "Matplotlib currently does not support")  # joined letters, say of Arabic
+        figure.savefig(path, dpi=110)
 
 
 def collect_results(runs: Iterable[Path]) -> dict[str, dict[str, dict[str, str]]]:
@@ -117,11 +135,12 @@ def print_results(runs: Iterable[Path]) -> None:
         columns.sort(key=lambda column: (rank.get(column.split("-")[0], len(rank)), len(column)))
         lines = [["encoder", *columns]]
         lines += [[encoder, *(cells.get(column, "") for column in columns)] for encoder, cells in rows.items()]
-        widths = [max(map(len, column)) for column in zip(*lines)]
+        lines = [[printable(cell).replace("|", r"\|") for cell in line] for line in lines]
+        widths = [max(map(cell_len, column)) for column in zip(*lines)]
         lines.insert(1, ["-" * width for width in widths])
-        print(f"\n{title}: test top-1, % (± half of the 95 % interval; shots: deviation over draws)\n")
+        print(f"\n{printable(title)}: test top-1, % (± half of the 95 % interval; shots: deviation over draws)\n")
         for line in lines:
-            print(f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths))} |")
+            print(f"| {' | '.join(cell + ' ' * (width - cell_len(cell)) for cell, width in zip(line, widths))} |")
 
 
 def knn_report(

@@ -66,10 +66,9 @@ class Preprocess:
         wrong = [name for name, value in FIXED.items() if fields.pop(name, value) != value]
         shapes = {"image_size": (2, int), "mean": (3, float), "std": (3, float)}
         for name, (length, kind) in shapes.items():
-            value = fields.get(name)
-            is_list = isinstance(value, list) and len(value) == length and all(type(x) in (kind, int) for x in value)
-            smallest = {"image_size": 1, "mean": -10, "std": 1e-6}[name]
-            if not is_list or not all(math.isfinite(x) and smallest <= x <= 2**16 for x in value):
+            value, smallest = fields.get(name), {"image_size": 1, "mean": -10, "std": 1e-6}[name]
+            is_list = isinstance(value, list) and [type(x) in (kind, int) for x in value] == [True] * length
+            if not is_list or not all(math.isfinite(x) and smallest <= x <= 2**16 for x in value or ()):
                 wrong.append(name)
         wrong += sorted(fields.keys() - shapes.keys())
         if wrong:

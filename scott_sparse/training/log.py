@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from scott_sparse.data.sources import printable
 from scott_sparse.distributed import all_mean_with_grad
 from scott_sparse.randomness import batch_indices
 from scott_sparse.shapes import Float, Tensor
@@ -125,7 +126,7 @@ class Log:
         if self.accelerator.is_main_process:
             recipe, count = self.run.recipe, len(images)
             rows = batch_indices(step, images=count, batch=recipe.batch_size, seed=recipe.seed)
-            path.write_text("".join(f"{name}\n" for name in images[rows].names))
+            path.write_text("".join(f"{printable(name)}\n" for name in images[rows].names), encoding="utf-8")
         return (
             f"loss is {numbers['loss']}, gradient norm {numbers['gradient_norm']} at step {step} (last finite loss "
             f"{self.last_loss}); nothing was updated since. The batch's images are in {path}; --on-nonfinite skip "

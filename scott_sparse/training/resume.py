@@ -65,7 +65,7 @@ def open_folder(
     write_json(out / RECIPE, {"recipe": name, **recipe.to_json()})
     save_digests(out, data.pretrain)
     if data.unreadable:
-        (out / UNREADABLE).write_text("\n".join([*unreadable_lines(data.unreadable), ""]))
+        (out / UNREADABLE).write_text("\n".join([*unreadable_lines(data.unreadable), ""]), encoding="utf-8")
     return checkpoint
 
 

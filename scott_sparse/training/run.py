@@ -5,13 +5,13 @@ import ctypes
 import dataclasses
 import os
 import platform
-import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -104,7 +104,7 @@ class Run:
             count = f"{data.test_duplicates:,} of the {len(data.test):,} test images"
             self.console.print(f"{count} are also in the training set, pixel for pixel")
 
-    def batches(self, steps: range) -> Iterator[list[Batch]]:
+    def batches(self, steps: range) -> Generator[list[Batch]]:
         """This process's share of the batches of some steps: for each step one micro-batch per accumulation step."""
         recipe, accelerator = self.recipe, self.accelerator
         batches = Batches(
@@ -174,7 +174,7 @@ def prepare_run(name: str, recipe: Recipe) -> Run:
     started = time.perf_counter()
     out = recipe.out or Path("runs") / name
     accelerator = accelerator_of(recipe, out)
-    console = Console(quiet=not accelerator.is_main_process)
+    console = Console(quiet=not accelerator.is_main_process, markup=False, emoji=False)  # names are printed as they are
     slices = accelerator.num_processes * recipe.accumulate
     if recipe.batch_size % slices:
         raise ValueError(
@@ -219,6 +219,8 @@ def accelerator_of(recipe: Recipe, out: Path) -> Accelerator:
         log_with=recipe.tracker,
         project_dir=out if recipe.tracker else None,
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("fp16 needs a GPU: on a CPU Accelerate would use fp32; pass --mixed_precision bf16 or no.")
     if accelerator.distributed_type == DistributedType.FSDP:
         if not accelerator.is_fsdp2:
             raise ValueError("parameters are sharded by FSDP2 only; use accelerate launch --use_fsdp --fsdp_version 2.")
@@ -254,9 +256,13 @@ def projections_at(recipe: Recipe, step: int, device: torch.device) -> Float[Ten
 
 
 def peak_memory_mib(device: torch.device) -> int:
-    """Peak allocated memory of a GPU, or peak resident memory of this process, in MiB."""
+    """Peak allocated memory of a GPU, or peak resident memory of this process, in MiB; on Windows that of now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().rss // 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak // (2**20 if sys.platform == "darwin" else 2**10)
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed
 from accelerate.utils import broadcast_object_list
 
+from scott_sparse.data.batches import STOP_SIGNALS
 from scott_sparse.training.checkpoint import (
     checkpoint_tensors,
     load_checkpoint,
@@ -28,7 +29,6 @@ from scott_sparse.training.resume import CHECKPOINTS, STATE_FORM
 from scott_sparse.training.run import Run, RunFailed
 
 EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECOND_SIGINT_S = 1.0  # a SIGINT after this ends the run at once; launchers repeat the one that the terminal sent
 
 
@@ -44,7 +44,7 @@ class Signals:
         self.received = 0.0
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        self.before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_):

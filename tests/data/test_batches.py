@@ -1,10 +1,12 @@
 """A batch is a function of (seed, step), whatever the number of processes and workers."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
 
+from scott_sparse.data import batches
 from scott_sparse.data.batches import Batches, load
 from scott_sparse.data.dataset import DataConfig, open_data
 from scott_sparse.data.images import Images
@@ -94,7 +96,6 @@ def test_a_failing_worker_says_what_it_could_not_read(photos, tmp_path):
     loader = load(batches, range(4), workers=2, pin=False)
     with pytest.raises(ValueError, match=r"a/\d\.png could be read when the run began, and now: "):
         list(loader)
-    loader._shutdown_workers()  # else a garbage collection in some later test waits for them
 
 
 def test_an_epoch_sees_every_image_once_and_is_a_function_of_seed_and_step():
@@ -117,3 +118,30 @@ def test_streams_are_unrelated():
 def test_pinning_keeps_what_the_cpu_reads(images):
     (part,) = make(images)[0]
     assert {field.name for field in dataclasses.fields(part)} == {"crops", "views", "visible"}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_short_shared_memory_takes_workers_away(processes, monkeypatch, capsys):
+    """A container's default of 64 MiB: fewer workers or none and one line, instead of a run that hangs."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    item = torch.zeros(5 * 2**20, dtype=torch.uint8)  # with two ahead and a margin a worker needs 15 MiB
+
+    class Items(torch.utils.data.Dataset):
+        def __getitem__(self, step):
+            return item
+
+    items = Items()
+    for free, fitting in ((None, 6), (2**30, 6), (64 * 2**20, 4 // processes), (10 * 2**20, 0)):
+        monkeypatch.setattr(batches, "free_shared_bytes", lambda free=free: free)
+        assert batches.workers_that_fit(items, range(8), 6) == fitting
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == (fitting < 6)
+        assert fitting == 6 or (f"note: {fitting} instead of 6 workers" in lines[0] and "--shm-size" in lines[0])
+    assert torch.equal(next(batches.load(items, range(8), workers=2, pin=False)), item)
+    assert batches.workers_that_fit(items, range(8), 0) == 0 and batches.workers_that_fit(items, range(0), 6) == 6
+    assert capsys.readouterr().err.count("note: 0 instead of 2 workers") == 1
+
+
+def test_free_shared_memory_is_that_of_the_machine():
+    free = batches.free_shared_bytes()
+    assert (free is None) == (not os.path.isdir("/dev/shm")) and (free is None or free >= 0)

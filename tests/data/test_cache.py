@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pickle
 import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -214,3 +216,24 @@ def test_a_picture_that_has_gone_bad_is_named(photos, tmp_path):
     (root / "a" / "1.png").write_bytes(b"gone")
     with pytest.raises(ValueError, match=r"a/1\.png could be read when the run began"):
         streamed.read(1)
+
+
+@pytest.mark.parametrize("home", ["a file", "none"])
+def test_without_a_home_folder_the_cache_is_among_temporary_files(home, photos, tmp_path, clean_environment):
+    """One line says where; the second run finds what the first one left. It is found on import."""
+    (tmp_path / "file").write_text("")
+    environment = {**clean_environment, "HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path / "tmp")}
+    environment.pop("XDG_CACHE_HOME")
+    (tmp_path / "tmp").mkdir()
+    code = (
+        "import sys; from scott_sparse.data import cache, dataset\n"
+        f"if {home == 'none'}: cache.CACHE_DIR = cache.Path('~/.cache')  # what expanduser leaves\n"
+        "config = dataset.DataConfig(data=sys.argv[1], cache_dir=cache.CACHE_DIR)\n"
+        "for _ in range(2): print(len(dataset.open_data(config, short_side=16).pretrain))"
+    )
+    arguments = [sys.executable, "-c", code, photos({"a": 3, "b": 3})]
+    done = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1 and f"are kept in {tmp_path}/tmp/scott_sparse-" in notes[0] and "--cache-dir" in notes[0]
+    assert len(list((tmp_path / "tmp").rglob("*.images"))) == 1 and not (tmp_path / "~").exists()

@@ -40,6 +40,6 @@ def test_knn_report_and_table():
     accuracies = report.knn_report(train, val, *some_encoders(), size=(16, 16))
     assert list(accuracies) == ["pixels", "init", "pretrained"] and all(0 <= x <= 100 for x in accuracies.values())
     table = report.knn_table(accuracies, images=6, classes=3, terms=("MIM-JEPA",))
-    assert table.row_count == 3 and table.title == "k-NN on 6 val images, 3 classes (chance 33.3 %)"
+    assert table.row_count == 3 and str(table.title) == "k-NN on 6 val images, 3 classes (chance 33.3 %)"
     without = report.knn_report(train, None, *some_encoders(), size=(16, 16))
     assert without == {"pixels": None, "init": None, "pretrained": None}

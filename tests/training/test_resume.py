@@ -48,10 +48,10 @@ def train_into(out, data, *more, cut=None):
         if cut and len(calls) == cut[0]:
             signal.raise_signal(cut[1])
 
-    before = [signal.getsignal(number) for number in saver.SIGNALS]
+    before = [signal.getsignal(number) for number in saver.STOP_SIGNALS]
     with mock.patch.multiple(pretrain, update_target=update_and_cut, draw_tokens=lambda *_, **__: None):
         end = run_pretraining(*FLAGS, "--data", data, "--out", out, *more)
-    assert [signal.getsignal(number) for number in saver.SIGNALS] == before
+    assert [signal.getsignal(number) for number in saver.STOP_SIGNALS] == before
     return end
 
 
@@ -173,6 +173,19 @@ def test_a_signal_to_the_process_group_reaches_no_worker(number, tmp_path, label
     message = process.communicate(timeout=60)[1]
     assert process.returncode == 75 and b"Traceback" not in message, message
     assert steps_kept(out)
+
+
+def test_an_exception_ends_a_run_whose_workers_ignore_signals(tmp_path, labelled, clean_environment):
+    """They end with the iterator that they belong to; else the interpreter would wait for them at its exit."""
+    code = (
+        "import sys; sys.path.insert(0, 'train'); import pretrain\n"
+        "def fail(*_, **__): raise KeyError('a bug')\n"
+        "pretrain.update_target = fail; pretrain.main()"
+    )
+    arguments = [*FLAGS, "--data", labelled, "--cache-dir", tmp_path / "cache", "--out", tmp_path / "run"]
+    command = [sys.executable, "-c", code, *map(str, arguments), "--workers", "2", "--epochs", "4000"]
+    done = subprocess.run(command, cwd=ROOT, env=clean_environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1 and done.stderr.endswith("KeyError: 'a bug'\n"), done.stderr
 
 
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}

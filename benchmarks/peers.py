@@ -294,7 +294,7 @@ def train(method: Method, images: Images, seconds: float, seed: int) -> dict:
 
 
 def train_small_data(settings: Settings, source: str, seed: int) -> tuple[ImageEncoder, dict]:
-    """The same of train/pretrain.py, for as many epochs as use up the CPU time; two short runs tell how many."""
+    """The same of train/pretrain.py, for as many epochs as use up the CPU time; short runs tell how many."""
 
     def pretrain(epochs: float) -> float:
         """CPU seconds of a run."""
@@ -308,9 +308,11 @@ def train_small_data(settings: Settings, source: str, seed: int) -> tuple[ImageE
         return after.children_user + after.children_system - before.children_user - before.children_system
 
     with tempfile.TemporaryDirectory() as folder:
-        out, short = Path(folder, "run"), min(1.0, settings.seconds / 300)
+        out, short = Path(folder, "run"), 0.5
         start_up = pretrain(0.001)
-        epochs = round(short * settings.seconds / (pretrain(short) - start_up), 3)
+        while (used := pretrain(short) - start_up) < settings.seconds / 10:  # the start alone varies by a second or two
+            short *= 3
+        epochs = round(short * settings.seconds / used, 3)
         about = {"epochs": epochs, "cpu_seconds": round(pretrain(epochs) - start_up, 1)}
         summary, recipe = (json.loads((out / f"{name}.json").read_text()) for name in ("summary", "recipe"))
         about |= {"images_seen": summary["steps"] * recipe["batch_size"], "steps": summary["steps"]}

@@ -87,10 +87,7 @@ def test_a_finished_row_is_not_run_again(photos, tmp_path, monkeypatch):
 def test_small_data_uses_up_the_same_time(photos, tmp_path, monkeypatch):
     pytest.importorskip("lightly")
     monkeypatch.setitem(peers.PROBES, "attentive", functools.partial(peers.fit_attentive, epochs=1))
-    data, file = (
-        photos({f"{split}/{name}": 60 for split in ("train", "test") for name in "abc"}),
-        tmp_path / "rows.jsonl",
-    )
-    arguments = [data, "--only", "small-data", "--seconds", 10, "--results", file, "--cache-dir", tmp_path / "cache"]
+    data, file = photos({f"{split}/{name}": 60 for split in ("train", "test") for name in "abc"}), tmp_path / "rows"
+    arguments = [data, "--only", "small-data", "--seconds", 40, "--results", file, "--cache-dir", tmp_path / "cache"]
     assert run_peers(*arguments)[0] is None
-    assert 5 < json.loads(file.read_text())["cpu_seconds"] < 20
+    assert 20 < json.loads(file.read_text())["cpu_seconds"] < 80

@@ -51,7 +51,7 @@ def on_fine_grid(
     patch_size: int,
     stride: int,
 ) -> Float[Tensor, "B h w C"]:
-    """Features of patches that are `stride` pixels apart, h = H / stride, on the CPU, from those of N patches of an image.
+    """Features of patches that are `stride` pixels apart, h = H / stride, on the CPU; `features` gives N of an image.
 
     The encoder runs (patch_size / stride)^2 times, on copies that are shifted by multiples of `stride`. Raises
     ValueError for a stride that does not divide the patch size, and sides that are no multiples of the patch size.

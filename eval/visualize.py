@@ -38,7 +38,7 @@ class VisualizeConfig:
     The larger, the smaller the part of the scene that a patch shows: details and outlines rather than objects."""
     stride: int | None = None
     """Pixels between tokens, a divisor of the patch size; below it patches overlap, at more time. Default: halved
-    until there are 40 rows."""
+    until there are 40 rows, at most twice."""
     points: tuple[Point, ...] = ((0.5, 0.5), (0.3, 0.5), (0.1, 0.1))
     """Patches of similarity.png: pairs of places in the first image, down and across, from 0 to 1."""
     out: Path | None = None

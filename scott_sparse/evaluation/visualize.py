@@ -5,7 +5,7 @@ ways that differ in what a token sees. In a larger image each patch is a smaller
 times the size of training on, tokens of petals tell outlines from areas, no longer one part from another. With
 overlapping patches a token sees as much as before: the encoder runs on shifted copies of the image, and their tokens
 interleave (shift-and-stitch, arXiv 1411.4038, section 3.2). Petals show best with both: images of twice the size of
-training, and shifts to at least `ROWS` rows of tokens. At another size than in training the positions must be
+training, and shifts to about `ROWS` rows of tokens. At another size than in training the positions must be
 interpolated (`span` of `FrozenEncoder`): indices that were never seen in training show as a chequered pattern.
 """
 
@@ -30,28 +30,28 @@ from scott_sparse.evaluation.encoders import FrozenEncoder
 from scott_sparse.evaluation.features import eval_images
 from scott_sparse.shapes import Bool, Float, Tensor
 
-ROWS = 40  # of tokens, at least, along the shorter side of an image by default
+ROWS = 40  # of tokens along the shorter side of an image by default, if four shifts along a side are enough
 Point = tuple[float, float]
 Row = tuple[str, Float[Tensor, "B h w *rgb"]]
 
 
 def default_stride(size: tuple[int, int], patch_size: int) -> int:
-    """The patch size halved until images of `size` have `ROWS` rows and columns of tokens."""
+    """The patch size halved until images of `size` have `ROWS` rows and columns of tokens, at most twice."""
     stride = patch_size
-    while stride % 2 == 0 and min(size) // stride < ROWS:
+    while stride % 2 == 0 and min(size) // stride < ROWS and stride > patch_size // 4:
         stride //= 2
     return stride
 
 
 @torch.inference_mode()
 def on_fine_grid(
-    features: Callable[[Float[Tensor, "1 3 H W"]], Float[Tensor, "1 N C"]],
+    features: Callable[[Float[Tensor, "B 3 H W"]], Float[Tensor, "B N C"]],
     images: Float[Tensor, "B 3 H W"],
     *,
     patch_size: int,
     stride: int,
 ) -> Float[Tensor, "B h w C"]:
-    """Features of patches that are `stride` pixels apart, h = H / stride, on the CPU; `features` are those of an image.
+    """Features of patches that are `stride` pixels apart, h = H / stride, on the CPU; `features` gives N of an image.
 
     The encoder runs (patch_size / stride)^2 times, on copies that are shifted by multiples of `stride`. Raises
     ValueError for a stride that does not divide the patch size, and sides that are no multiples of the patch size.
@@ -61,17 +61,13 @@ def on_fine_grid(
         raise ValueError(f"stride {stride} does not divide patch_size {patch_size}; use {patch_size} or half of it.")
     shifts, margin = patch_size // stride, patch_size // 2
     padded = F.pad(images, (margin, margin, margin, margin), mode="reflect")
-    fine = []
-    for image in padded.split(1):
-        views = (
-            image[..., top : top + height, left : left + width]
-            for top in range(stride // 2, stride // 2 + patch_size, stride)
-            for left in range(stride // 2, stride // 2 + patch_size, stride)
-        )
-        stacked = torch.stack([features(view).float().cpu() for view in views])
-        grid = {"h": height // patch_size, "w": width // patch_size, "i": shifts, "j": shifts}
-        fine.append(rearrange(stacked, "(i j) 1 (h w) c -> 1 (h i) (w j) c", **grid))
-    return torch.cat(fine)
+    views = (
+        padded[..., top : top + height, left : left + width]
+        for top in range(stride // 2, stride // 2 + patch_size, stride)
+        for left in range(stride // 2, stride // 2 + patch_size, stride)
+    )
+    stacked = torch.stack([features(view).float().cpu() for view in views])
+    return rearrange(stacked, "(i j) b (h w) c -> b (h i) (w j) c", i=shifts, j=shifts, h=height // patch_size)
 
 
 def tokens_of(
@@ -90,7 +86,8 @@ def attention_of(
     """
 
     def received(view: Tensor) -> Tensor:
-        weights = encoder.encoder.last_attention(view, encoder.span).mean(2).mT
+        one_by_one = (encoder.encoder.last_attention(image, encoder.span).mean(2).mT for image in view.split(1))
+        weights = torch.cat(list(one_by_one))  # N x N weights of all images at once may not fit into memory
         return weights / weights.mean(1, keepdim=True)
 
     return _features(encoder, received, images, stride)

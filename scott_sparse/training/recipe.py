@@ -282,7 +282,7 @@ RECIPES = {
     "flowers102": ("the paper's recipe as published, and its data set: 224 px, 300 epochs", FLOWERS102),
 }
 BY_SIZE = ("small-data-224", "small-data-128", "small-data")  # what --data FOLDER may mean, the largest first
-SIZE_FIELDS = ("image_size", "size", "patch_size")  # in which they all differ
+SIZE_FLAGS = {"--image-size", "--size", "--patch-size"}  # of what they all differ in
 
 NO_GAIN = "was removed: it gained nothing (benchmarks/EVIDENCE.md)"
 OLD_FLAGS = {
@@ -313,13 +313,12 @@ def parse(arguments: list[str]) -> tuple[str, Recipe]:
 def alternatives(arguments: list[str]) -> dict[str, Recipe]:
     """The recipes that a command line may mean, the largest first: one, or those of `BY_SIZE`.
 
-    A size that is given by a flag (`SIZE_FIELDS`) leaves small-data alone. Raises ValueError for mistakes.
+    A size that is given by a flag (`SIZE_FLAGS`) leaves small-data alone. Raises ValueError for mistakes.
     """
     names, flags = _names(arguments)
-    recipes = {name: parse_flags_of(name, flags) for name in names}
-    first, last = recipes[names[0]], recipes[names[-1]]
-    sized = len(names) > 1 and any(getattr(first, field) == getattr(last, field) for field in SIZE_FIELDS)
-    return {names[-1]: last} if sized else recipes
+    if not SIZE_FLAGS.isdisjoint(flag.split("=")[0].replace("_", "-") for flag in flags):
+        names = names[-1:]
+    return {name: parse_flags_of(name, flags) for name in names}
 
 
 def _names(arguments: list[str]) -> tuple[tuple[str, ...], list[str]]:

@@ -40,6 +40,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 WINDOWS = """
 import os, runpy, signal, sys
+import psutil  # which on Linux needs what is taken away here
 sys.modules["resource"] = None
 del signal.SIGUSR1, os.sched_getaffinity, os.posix_fadvise
 real = os.open
@@ -82,7 +83,7 @@ def test_what_windows_lacks_is_not_needed(photos, tmp_path, clean_environment):
     flags = (*TINY_RUN, "--epochs", 1, "--save-every", 1)
     done = run(WINDOWS, clean_environment, ROOT / "train/pretrain.py", *flags, *places, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert json.loads((out / "summary.json").read_text())["peak_memory_mib"] is None
+    assert json.loads((out / "summary.json").read_text())["peak_memory_mib"] > 0
 
 
 def test_fp16_on_a_cpu_ends_in_one_line(photos, tmp_path, monkeypatch):

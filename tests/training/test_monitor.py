@@ -153,7 +153,7 @@ def test_a_run_that_ends_below_its_start_says_so(tmp_path, pretrained, monkeypat
     monkeypatch.setattr(monitor.OnlineReport, "examine", spoil)
     out, printed, code = pretrained(tmp_path / "photos", "--epochs", 3)
     words = json.loads((out / "summary.json").read_text())["verdict"]
-    remedy = "; try --colour 0 (colours unchanged) or --cross-crop-weight 0 --epochs 2223 (MIM-JEPA alone)"
+    remedy = "; try --plain-share 0.5 --colour 1 --crops 8 (the colours of half of the crops change)"
     assert code is None and words == f"worse than untrained{remedy}"
     assert printed.count("starting") == 2 and "learning" not in printed
     assert reports(out)[-1]["verdict"] == f"worse than untrained so far{remedy}"

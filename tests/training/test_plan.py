@@ -44,7 +44,7 @@ def test_a_plan_prints_everything_and_leaves_no_run(labelled, tmp_path):
     )
 
 
-MODEL = {"stem_width": 8, "views": dataclasses.replace(SMALL_DATA.views, crops=2)}
+MODEL = {"stem_width": 8, "views": dataclasses.replace(SMALL_DATA.views, crops=2, plain_share=0.0)}
 TINY = dataclasses.replace(SMALL_DATA, image_size=32, batch_size=8, epochs=2.0, report_every=0.0, **MODEL)
 
 

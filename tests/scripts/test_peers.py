@@ -78,7 +78,7 @@ def test_a_finished_row_is_not_run_again(photos, tmp_path, monkeypatch):
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["method"] for row in rows] == names and set(peers.MEASURES) < set.intersection(*map(set, rows))
     assert str(tmp_path) not in file.read_text()
-    assert all(row["cpu_seconds"] > 0.5 and row["images_seen"] == row["steps"] * row["batch_size"] for row in rows[1:])
+    assert all(row["cpu_seconds"] >= 0.5 and row["images_seen"] == row["steps"] * row["batch_size"] for row in rows[1:])
     assert rows[1]["batch_size"] == 24 > rows[2]["batch_size"]  # val has labels, which supervised training does not use
     assert run_peers(*arguments) == (None, "")
 

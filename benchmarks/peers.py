@@ -66,7 +66,7 @@ WARMUP = 0.1  # of the budget: 10 of 100 epochs in lightly's ViT benchmark
 PLAIN = {"cj_prob": 0.0, "random_gray_scale": 0.0}  # with no blur either: crops and flips alone
 PROBES: dict[str, Callable] = {
     "knn": fit_knn,
-    "linear": functools.partial(fit_linear, solver="lbfgs"),
+    "linear": functools.partial(fit_linear, solver="newton"),
     "attentive": functools.partial(fit_attentive, epochs=30),
 }
 MEASURES = [f"{probe}_{role}" for probe in PROBES for role in ("val", "test")]

@@ -26,7 +26,7 @@ from scott_sparse.data.views import make_views
 from scott_sparse.distributed import full_tensor
 from scott_sparse.evaluation.encoders import FrozenEncoder
 from scott_sparse.evaluation.report import knn_report, knn_table
-from scott_sparse.evaluation.visualize import draw_tokens
+from scott_sparse.evaluation.visualize import draw_tokens, form_of_run
 from scott_sparse.model.jepa import make_target, target_features, update_target
 from scott_sparse.model.vit import Encoder
 from scott_sparse.shapes import Tensor
@@ -35,7 +35,7 @@ from scott_sparse.training.choice import choose_run
 from scott_sparse.training.log import Log
 from scott_sparse.training.monitor import OnlineReport
 from scott_sparse.training.optim import adamw, nonfinite_flag, poison_if_nonfinite, set_schedules
-from scott_sparse.training.plan import FirstSteps
+from scott_sparse.training.plan import FIGURE_IMAGES, FirstSteps
 from scott_sparse.training.resume import TOKENS
 from scott_sparse.training.run import Run, RunFailed, open_run, projections_at, tune_allocator
 from scott_sparse.training.saver import EXIT_RESUME, Interrupted, Saver
@@ -153,8 +153,9 @@ def compare(run: Run, initial: Encoder, target: Encoder, training: dict) -> None
         return
     images = data.val or data.pretrain
     encoders = {name: FrozenEncoder(x, recipe.grid) for name, x in (("untrained", initial), ("pretrained", target))}
-    some, (height, width) = images[evenly_spaced(len(images), 8)], recipe.sides
-    draw_tokens(run.out / TOKENS, some, encoders, size=(2 * height, 2 * width))
+    size, stride = form_of_run(recipe.sides, recipe.patch_size)
+    some = images[evenly_spaced(len(images), FIGURE_IMAGES)]
+    draw_tokens(run.out / TOKENS, some, encoders, size=size, stride=stride)
     if run.val and data.classes:
         remedy = what_to_try(recipe, len(data.pretrain))
         training["verdict"] = final_verdict(training["verdict"], knn, n=len(run.val), remedy=remedy)

@@ -30,9 +30,18 @@ from scott_sparse.evaluation.encoders import FrozenEncoder
 from scott_sparse.evaluation.features import eval_images
 from scott_sparse.shapes import Bool, Float, Tensor
 
+SMALL_SIDE = 64  # pixels
 ROWS = 40  # of tokens along the shorter side of an image by default, if four shifts along a side are enough
 Point = tuple[float, float]
 Row = tuple[str, Float[Tensor, "B h w *rgb"]]
+
+
+def form_of_run(sides: tuple[int, int], patch_size: int) -> tuple[tuple[int, int], int]:
+    """Size of the images and stride of the tokens in the picture of a run: fine for small images, else cheap."""
+    if max(sides) > SMALL_SIDE:
+        return sides, max(patch_size // 2, 1)
+    size = (2 * sides[0], 2 * sides[1])
+    return size, default_stride(size, patch_size)
 
 
 def default_stride(size: tuple[int, int], patch_size: int) -> int:

@@ -6,6 +6,7 @@ The steps are those of train/pretrain.py, on a copy of the model: the run that f
 import copy
 import dataclasses
 import itertools
+import math
 import os
 import shutil
 import statistics
@@ -25,6 +26,7 @@ from rich.filesize import decimal
 from scott_sparse.data.cache import MappedPixels
 from scott_sparse.evaluation.encoders import FrozenEncoder
 from scott_sparse.evaluation.features import BATCH, extract
+from scott_sparse.evaluation.visualize import form_of_run
 from scott_sparse.model.jepa import make_target
 from scott_sparse.model.vit import Encoder
 from scott_sparse.training.health import rankme
@@ -33,7 +35,7 @@ from scott_sparse.training.run import Run, RunFailed, accelerator_of, peak_memor
 from scott_sparse.training.saver import EXIT_RESUME, Interrupted
 
 WARM_UP_STEPS, TIMED_STEPS = 2, 3
-FIGURE_SECONDS, FIGURE_IMAGES = 2.0, 20  # tokens.png: matplotlib, and ten images through two encoders
+FIGURE_SECONDS, FIGURE_IMAGES = 2.0, 8  # tokens.png: what matplotlib takes, and its columns
 LINE_BYTES = 350  # of metrics.jsonl
 MIB = 2**20
 
@@ -118,7 +120,11 @@ class Plan:
     def end_seconds(self) -> float:
         """Of k-NN with the first and the last encoder, and the figure."""
         batches = _batches(self.run, self.run.data.train, self.run.val) if self.run.val else 0
-        return (2 * batches + FIGURE_IMAGES / BATCH) * self.batch_seconds + FIGURE_SECONDS
+        recipe = self.run.recipe
+        size, stride = form_of_run(recipe.sides, recipe.patch_size)
+        shifts, pixels = (recipe.patch_size / stride) ** 2, math.prod(size) / math.prod(recipe.sides)
+        figure = FIGURE_IMAGES * shifts * pixels / BATCH
+        return 2 * (batches + figure) * self.batch_seconds + FIGURE_SECONDS
 
     @property
     def seconds(self) -> float:

@@ -14,6 +14,7 @@ continues from its checkpoint. Clean protocol: every setting is chosen on val, t
 
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -21,12 +22,14 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import torch
 import tyro
 from matplotlib.figure import Figure
+
+from scott_sparse.data.dataset import open_data, short_side_for
+from scott_sparse.training.recipe import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "benchmarks" / "runs" / "evidence.jsonl"
@@ -176,12 +179,8 @@ def train_and_probe(cell: Cell, out: Path, data: list[str], source: list[str]) -
 
 def length(cell: Cell, source: list[str]) -> tuple[float, int]:
     """Epochs and optimizer steps in batches of 64 that see `cell.images` images."""
-    from scott_sparse.data.dataset import DataConfig, open_data
-    from scott_sparse.training.recipe import parse
-
     _, recipe = parse(["small-data", *source])
-    assert isinstance(recipe.source, DataConfig)
-    count = len(open_data(recipe.source, short_side=128).pretrain)
+    count = len(open_data(recipe.source, short_side=short_side_for(recipe.sides)).pretrain)
     steps = round(cell.images / recipe.batch_size)
     return steps / (count // recipe.batch_size), steps
 
@@ -214,40 +213,42 @@ def precision() -> str:
 def tables(rows: list[dict]) -> list[str]:
     """Markdown, for each length: accuracy by set and cell, then gains over the untrained encoder of the same seed."""
     rows = [row for row in rows if row["at"] == row["images"]]
-    untrained = {(row["set"], row["seed"]): row for row in rows if row["cell"] == "untrained"}
     lines = []
     for images in sorted({row["images"] for row in rows} - {0}):
         here = [row for row in rows if row["images"] in (0, images)]
-        lines += ["", f"{images:,} images: test (val), top-1 in per cent", ""]
-        lines += [f"| set | cell | seeds | {' | '.join(PROBES)} | CPU minutes |", "|---" * (len(PROBES) + 4) + "|"]
-        gains: dict[str, list[tuple[float, str]]] = defaultdict(list)
-        linear: dict[str, list[float]] = defaultdict(list)
-        for on in SETS:
-            for cell in CELLS:
-                own = [row for row in here if (row["set"], row["cell"]) == (on, cell)]
-                if not own:
-                    continue
-                entries = [f"{spread(own, f'{p}_test')} ({spread(own, f'{p}_val')})" for p in PROBES]
-                seconds = [row["cpu_seconds"] for row in own if row.get("cpu_seconds")]
-                minutes = f"{statistics.median(seconds) / 60:.1f}" if seconds else ""
-                lines.append(f"| {on} | {cell} | {len(own)} | {' | '.join(entries)} | {minutes} |")
-                for row in own:
-                    start = untrained.get((on, row["seed"]))
-                    if start is None or cell in ("pixels", "untrained"):
-                        continue
-                    gains[cell] += [
-                        (row[f"{probe}_{role}"] - start[f"{probe}_{role}"], f"{probe} on {role} of {on}")
-                        for probe in PROBES
-                        for role in ("val", "test")
-                    ]
-                    linear[cell].append(row["linear_test"] - start["linear_test"])
-        lines += ["", "| cell | sets x seeds | mean gain, linear on test | mean gain | worst gain |", "|---" * 5 + "|"]
-        for cell, of_cell in gains.items():
-            worst, where = min(of_cell)
-            mean = statistics.mean(gain for gain, _ in of_cell)
-            share = f"{len(linear[cell])}"
+        lines += ["", f"{images:,} images: test (val), top-1 in per cent", "", *accuracy_table(here)]
+        lines += ["", *gain_table(here)]
+    return lines
+
+
+def accuracy_table(rows: list[dict]) -> list[str]:
+    lines = [f"| set | cell | seeds | {' | '.join(PROBES)} | CPU minutes |", "|---" * (len(PROBES) + 4) + "|"]
+    for on, cell in itertools.product(SETS, CELLS):
+        own = [row for row in rows if (row["set"], row["cell"]) == (on, cell)]
+        if own:
+            entries = [f"{spread(own, f'{probe}_test')} ({spread(own, f'{probe}_val')})" for probe in PROBES]
+            seconds = [row["cpu_seconds"] for row in own if "cpu_seconds" in row]
+            minutes = f"{statistics.median(seconds) / 60:.1f}" if seconds else ""
+            lines.append(f"| {on} | {cell} | {len(own)} | {' | '.join(entries)} | {minutes} |")
+    return lines
+
+
+def gain_table(rows: list[dict]) -> list[str]:
+    """Over the untrained encoder of the same set and seed, by probe, on val and test."""
+    untrained = {(row["set"], row["seed"]): row for row in rows if row["cell"] == "untrained"}
+    lines = ["| cell | sets x seeds | mean gain, linear on test | mean gain | worst gain |", "|---" * 5 + "|"]
+    for cell in (cell for cell in CELLS if cell not in ("pixels", "untrained")):
+        own = [row for row in rows if row["cell"] == cell and (row["set"], row["seed"]) in untrained]
+        gains = [
+            (row[f"{probe}_{role}"] - untrained[row["set"], row["seed"]][f"{probe}_{role}"], probe, role, row["set"])
+            for row in own
+            for probe, role in itertools.product(PROBES, ("val", "test"))
+        ]
+        if gains:
+            linear = statistics.mean(gain for gain, *what, _ in gains if what == ["linear", "test"])
+            mean, (worst, probe, role, on) = statistics.mean(gain for gain, *_ in gains), min(gains)
             lines.append(
-                f"| {cell} | {share} | {statistics.mean(linear[cell]):+.1f} | {mean:+.1f} | {worst:+.1f} ({where}) |"
+                f"| {cell} | {len(own)} | {linear:+.1f} | {mean:+.1f} | {worst:+.1f} ({probe} on {role} of {on}) |"
             )
     return lines
 
@@ -277,6 +278,7 @@ def draw_curves(rows: list[dict]) -> None:
             axes.grid(alpha=0.3)
         figure.axes[0].set_ylabel("test top-1, %")
         figure.axes[0].legend(fontsize=7)
+        FIGURES.mkdir(exist_ok=True)
         figure.savefig(FIGURES / f"curve-{on}.png", dpi=110)
 
 

@@ -185,7 +185,7 @@ class Transformer(nn.Module):
         self.registers = nn.Parameter(torch.zeros(1, config.registers, config.dim)) if config.registers else None
         if self.registers is not None:
             nn.init.trunc_normal_(self.registers, std=0.02)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         # Stochastic depth grows linearly with the layer (arXiv 1603.09382).
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
         blocks = [Block(config, rate) for rate in rates]
@@ -246,7 +246,7 @@ class Attention(nn.Module):
         self.heads, self.attention_dropout = config.heads, config.attention_dropout
         self.qkv = init_linear(nn.Linear(config.dim, 3 * config.dim, bias=False))
         self.proj = init_linear(nn.Linear(config.dim, config.dim, bias=False))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Float[Tensor, "B n D"]) -> Float[Tensor, "B n D"]:
         q, k, v = self._by_head(x)
@@ -274,7 +274,28 @@ def _attend_by_products(
     q: Float[Tensor, "B h n d"], k: Float[Tensor, "B h n d"], v: Float[Tensor, "B h n d"], *, dropout_p: float
 ) -> Float[Tensor, "B h n d"]:
     """Attention as two matrix products: in bf16 on a CPU PyTorch's own kernels take 2 to 12 times as long."""
-    return F.dropout(_weights(q, k), dropout_p) @ v
+    return dropout(_weights(q, k), dropout_p) @ v
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p) if self.training else x
+
+
+def dropout(x: Tensor, rate: float) -> Tensor:
+    """Zeros with probability `rate`, else x / (1 - rate): on a CPU in less than half the time of PyTorch's own.
+
+    There random numbers are drawn one after the other, so four elements share one of 64 bits; `rate` is rounded to
+    1/65536.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, rate)
+    limit = round(rate * 2**16)
+    if limit == 0:
+        return x
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    kept = bits[: x.numel()].view(x.shape) >= limit - 2**15
+    return x * kept.to(x.dtype).div_(1 - limit / 2**16)
 
 
 class SwiGLU(nn.Module):

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scott_sparse import MIMJEPA, SIZES, Encoder, EncoderConfig, ObjectiveConfig, draw_visible
 from scott_sparse.model.jepa import make_target, target_features, update_target
 from scott_sparse.model.losses import draw_projections, invariance, masked_smooth_l1, nt_xent, sigreg
-from scott_sparse.model.vit import Attention, positions
+from scott_sparse.model.vit import Attention, dropout, positions
 from scott_sparse.training.optim import adamw
 
 MIM = ObjectiveConfig(predictor_depth=1)
@@ -156,6 +156,21 @@ def test_dropout_and_drop_path_act_in_training_only():
     images = torch.randn(2, 3, 48, 64)
     assert not torch.equal(encoder(images), encoder(images))
     assert torch.equal(make_target(encoder)(images), make_target(encoder)(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.7])
+def test_dropout_by_hand(rate, dtype):
+    torch.manual_seed(0)
+    x = torch.ones(1001, 333, dtype=dtype, requires_grad=True)  # not a multiple of four
+    y = dropout(x, rate)
+    y.sum().backward()
+    share = (y == 0).double().mean(0)
+    deviation = math.sqrt(rate * (1 - rate) / 1001)
+    assert share.sub(rate).abs().max() < 5 * deviation and share.std() == pytest.approx(deviation, rel=0.15)
+    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / (1 - rate)), rtol=1e-2, atol=0)
+    assert y.dtype == dtype and x.grad.equal(y)
+    assert dropout(x, 0.0).equal(x) and (dropout(x, 0.999) == 0).double().mean() == pytest.approx(0.999, abs=1e-3)
 
 
 def test_positions_by_hand():

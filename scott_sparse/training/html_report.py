@@ -105,7 +105,7 @@ class Record:
         )
 
     @cached_property
-    def steps_per_epoch(self) -> float:
+    def steps_per_epoch(self) -> int:
         return max((self.images or 0) // self.recipe["batch_size"], 1)
 
     @property

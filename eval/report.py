@@ -15,8 +15,9 @@ import tyro
 
 from scott_sparse.data.sources import printable
 from scott_sparse.evaluation.subject import run_script
-from scott_sparse.training.html_report import Record, write_report
+from scott_sparse.training.html_report import write_report
 from scott_sparse.training.pictures import draw_again
+from scott_sparse.training.record import Record
 
 
 @dataclasses.dataclass(frozen=True)

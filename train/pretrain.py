@@ -32,7 +32,7 @@ from scott_sparse.model.vit import Encoder
 from scott_sparse.shapes import Tensor
 from scott_sparse.training.accumulation import cache_pooled, seed_dropout
 from scott_sparse.training.choice import choose_run
-from scott_sparse.training.html_report import full_disk_is_told, refresh_report, start_report
+from scott_sparse.training.html_report import refresh_report, report_failures, start_report
 from scott_sparse.training.log import Log
 from scott_sparse.training.monitor import OnlineReport
 from scott_sparse.training.optim import adamw, nonfinite_flag, poison_if_nonfinite, set_schedules
@@ -155,7 +155,7 @@ def compare(run: Run, initial: Encoder, target: Encoder, training: dict) -> None
     if features is None:  # not the main process
         return
     encoders = {"untrained": initial, "pretrained": make_target(target)}  # a copy, which is not compiled
-    with full_disk_is_told(run):
+    with report_failures(run):
         draw_learned(run.out, recipe, data, encoders, features)
     if run.val and data.classes:
         remedy = what_to_try(recipe, len(data.pretrain))

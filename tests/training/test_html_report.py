@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -130,7 +131,7 @@ def run(finished, tmp_path):
     return tmp_path / "run"
 
 
-def test_a_page_is_whole_and_holds_everything(finished):
+def test_a_page_is_whole_and_holds_everything(finished, photos):
     out, _ = finished
     (out / "eval").mkdir(exist_ok=True)
     (out / "eval" / "knn.json").write_text(json.dumps(RESULT))
@@ -149,6 +150,8 @@ def test_a_page_is_whole_and_holds_everything(finished):
     assert all(max(picture.size) <= 96 for picture in pictures) and len(text) < 1_500_000
     assert "50.0 ± 10.0" in page.text and "halo" in page.text
     assert "--overwrite" not in page.text  # the command would delete the run that it is to resume
+    flags = shlex.join(["--data", str(photos), "--cache-dir", str(photos.parent / "cache")])
+    assert f"eval/knn.py {shlex.quote(str(out))} {flags}" in page.text
     assert "accelerate launch pretrain.py --size demo" in page.text and f"load_encoder({str(out)!r})" in page.text
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 import torch
+from accelerate.utils import DistributedType
 
 from scott_sparse.data.sources import printable
 from scott_sparse.data.splits import load_digests
@@ -97,11 +98,16 @@ def write_about(run: Run) -> None:
         **{name: str(version) for name, version in versions().items() if version},
         **({"commit": revision} if (revision := commit()) else {}),
     }
+    precision, processes = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), accelerator.num_processes
     launcher = "accelerate launch"
-    if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
-        launcher = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', accelerator.num_processes)}"
-    elif accelerator.num_processes > 1:
-        launcher = f"accelerate launch --num_processes {accelerator.num_processes}"
+    if processes > 1 and accelerator.device.type == "cpu":
+        launcher = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', processes)}"
+        launcher = f"ACCELERATE_MIXED_PRECISION={precision} {launcher}" if precision != "no" else launcher
+    else:
+        sharded = accelerator.distributed_type == DistributedType.FSDP
+        kind = "--use_fsdp --fsdp_version 2" if sharded else "--multi_gpu"
+        launcher += f" {kind} --num_processes {processes}" if processes > 1 else ""
+        launcher += f" --mixed_precision {precision}" if precision != "no" else ""
     words = [word for word in sys.argv if word != "--overwrite"]  # which would delete the run
     about = {"command": f"{launcher} {shlex.join(words)}", "data": run.data.describe(), "environment": environment}
     write_json(run.out / PICTURES / f"{ABOUT}.json", about)

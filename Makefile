@@ -14,6 +14,7 @@ demo: $(VENV)/installed
 	for init in "--init pixels" "--init random" ""; do $(BIN)/python eval/knn.py $(DEMO) $$init > /dev/null || exit 1; done
 	for init in "--init random" ""; do $(BIN)/python eval/linear.py $(DEMO) $$init > /dev/null || exit 1; done
 	$(BIN)/python eval/table.py runs/demo
+	$(BIN)/python eval/report.py runs/demo
 
 test: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -11,7 +11,8 @@ Reading order:
                  weights
     data/        sources, decode, dataset, views, batches
     training/    recipe, optim, run, then the loop itself, train/pretrain.py; checkpoint, resume, saver, log;
-                 health, verdict and monitor; choice and plan (--plan)
+                 health, verdict and monitor; record, charts, pictures and html_report (report.html); choice and plan
+                 (--plan)
     evaluation/  encoders, features, metrics, probe, then one file per probe; the scripts are in eval/
 files, distributed, shapes and randomness are used by all of them.
 """

@@ -9,8 +9,9 @@ The same command resumes a run that was interrupted, to the same weights bit for
 
 The run folder (--out, default runs/RECIPE) holds in the end: `encoder.safetensors` (the target encoder, to be used),
 `context.safetensors`, `encoder.json`, `metrics.jsonl` (one line per optimizer step), `reports.jsonl`, `recipe.json`,
-`pretrain_images.safetensors` (hashes of the images), `tokens.png`, `summary.json`, `checkpoints/` and, if images were
-left out, `unreadable.txt`.
+`pretrain_images.safetensors` (hashes of the images), `tokens.png`, `summary.json`, `checkpoints/`, `report.html` (all
+of it on a page, refreshed with the online reports; its pictures are in `report/`) and, if images were left out,
+`unreadable.txt`.
 """
 
 import contextlib
@@ -21,22 +22,22 @@ import torch
 
 from scott_sparse.cli import exit_on_user_error, exit_with_error
 from scott_sparse.data.batches import Batch
-from scott_sparse.data.dataset import evenly_spaced
 from scott_sparse.data.views import make_views
 from scott_sparse.distributed import full_tensor
 from scott_sparse.evaluation.encoders import FrozenEncoder
+from scott_sparse.evaluation.features import extract
 from scott_sparse.evaluation.report import knn_report, knn_table
-from scott_sparse.evaluation.visualize import draw_tokens, form_of_run
 from scott_sparse.model.jepa import make_target, target_features, update_target
 from scott_sparse.model.vit import Encoder
 from scott_sparse.shapes import Tensor
 from scott_sparse.training.accumulation import cache_pooled, seed_dropout
 from scott_sparse.training.choice import choose_run
+from scott_sparse.training.html_report import refresh_report, report_failures, start_report
 from scott_sparse.training.log import Log
 from scott_sparse.training.monitor import OnlineReport
 from scott_sparse.training.optim import adamw, nonfinite_flag, poison_if_nonfinite, set_schedules
-from scott_sparse.training.plan import FIGURE_IMAGES, FirstSteps
-from scott_sparse.training.resume import TOKENS
+from scott_sparse.training.pictures import bank_of, draw_learned
+from scott_sparse.training.plan import FirstSteps
 from scott_sparse.training.run import Run, RunFailed, open_run, projections_at, tune_allocator
 from scott_sparse.training.saver import EXIT_RESUME, Interrupted, Saver
 from scott_sparse.training.verdict import final_verdict, what_to_try
@@ -47,6 +48,7 @@ def main() -> None:
     with exit_on_user_error():
         run = open_run(choose_run(sys.argv[1:], train))
     run.describe()
+    start_report(run)
     initial, target = make_target(run.model.encoder), make_target(run.model.encoder)
     try:
         with exit_on_user_error(each_process=True):
@@ -146,27 +148,27 @@ def train(run: Run, target: Encoder, first_steps: FirstSteps) -> dict:
 
 
 def compare(run: Run, initial: Encoder, target: Encoder, training: dict) -> None:
-    """Hold the trained encoder against raw pixels and its own initialisation; write tokens.png and summary.json."""
+    """Hold the trained encoder against raw pixels and its own initialisation; write pictures and summary.json."""
     recipe, data, device = run.recipe, run.data, run.accelerator.device
     knn = knn_report(data.train, run.val, initial.to(device), target, size=recipe.sides)
-    if not run.accelerator.is_main_process:
+    features = extract(FrozenEncoder(target), bank_of(data), size=recipe.sides)
+    if features is None:  # not the main process
         return
-    images = data.val or data.pretrain
-    encoders = {name: FrozenEncoder(x, recipe.grid) for name, x in (("untrained", initial), ("pretrained", target))}
-    size, stride = form_of_run(recipe.sides, recipe.patch_size)
-    some = images[evenly_spaced(len(images), FIGURE_IMAGES)]
-    draw_tokens(run.out / TOKENS, some, encoders, size=size, stride=stride)
+    encoders = {"untrained": initial, "pretrained": make_target(target)}  # a copy, which is not compiled
+    with report_failures(run):
+        draw_learned(run.out, recipe, data, encoders, features)
     if run.val and data.classes:
         remedy = what_to_try(recipe, len(data.pretrain))
         training["verdict"] = final_verdict(training["verdict"], knn, n=len(run.val), remedy=remedy)
         terms = recipe.objective.terms
         run.console.print(knn_table(knn, images=len(run.val), classes=len(data.classes), terms=terms))
     summary = run.write_summary(training, knn)
+    refresh_report(run)
     if training["verdict"]:
         run.console.print(f"verdict: {training['verdict']}", highlight=False)
     run.console.print(
         f"{summary['seconds']:.0f} s in all, {100 * summary['input_share']:.0f} % of training waited for input; "
-        f"results in {run.out}: summary.json, tokens.png, encoder.safetensors"
+        f"results in {run.out}: report.html, summary.json, encoder.safetensors"
     )
 
 

@@ -1,7 +1,7 @@
 """Tables and figures: of one probe, of all results of some runs, and of pretraining."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,12 +127,17 @@ def collect_results(runs: Iterable[Path]) -> dict[str, dict[str, dict[str, str]]
     return tables
 
 
+def columns_of(rows: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """The probes of one table of `collect_results`, in the order in which they are shown."""
+    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+    rank = {name: number for number, name in enumerate(FIRST_COLUMNS)}  # knn, knn-crops8, linear, ...
+    return sorted(columns, key=lambda column: (rank.get(column.split("-")[0], len(rank)), len(column)))
+
+
 def print_results(runs: Iterable[Path]) -> None:
     """Print `collect_results` as Markdown tables that are aligned for the terminal."""
     for title, rows in collect_results(runs).items():
-        columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
-        rank = {name: number for number, name in enumerate(FIRST_COLUMNS)}  # knn, knn-crops8, linear, ...
-        columns.sort(key=lambda column: (rank.get(column.split("-")[0], len(rank)), len(column)))
+        columns = columns_of(rows)
         lines = [["encoder", *columns]]
         lines += [[encoder, *(cells.get(column, "") for column in columns)] for encoder, cells in rows.items()]
         lines = [[printable(cell).replace("|", r"\|") for cell in line] for line in lines]

@@ -138,6 +138,12 @@ def principal_colours(tokens: Float[Tensor, "B h w D"], inside: Bool[Tensor, "B 
     return picture
 
 
+def displayed(views: Float[Tensor, "*B 3 H W"]) -> Float[Tensor, "*B H W 3"]:
+    """Normalised views as colours in [0, 1]."""
+    colours = views * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
+    return rearrange(colours.clamp(0, 1), "... c H W -> ... H W c")
+
+
 def similarity_to(tokens: Float[Tensor, "B h w D"], point: Point) -> Float[Tensor, "B h w"]:
     """Cosine similarity of the token of the first image at `point`, (down, across) in 0 to 1, to all tokens."""
     h, w = tokens.shape[1:3]
@@ -227,8 +233,7 @@ def _draw(
     """
     height, width = size
     views = eval_images(images, torch.arange(len(images)), size=(2 * height, 2 * width))  # sharper than the maps
-    colours = views * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
-    rows = [("image", rearrange(colours.clamp(0, 1), "b c H W -> b H W c")), *rows]
+    rows = [("image", displayed(views)), *rows]
     layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
     figsize = 1.3 * len(images) + 0.3, 1.33 * height / width * len(rows) + 0.35
     figure = Figure(figsize=figsize, dpi=90, layout=layout)

@@ -24,6 +24,7 @@ from scott_sparse.model.vit import Encoder
 from scott_sparse.randomness import generator_at
 from scott_sparse.shapes import Float, Tensor
 from scott_sparse.training.health import Health, ema_distance, feature_std, lidar, rankme, token_similarity
+from scott_sparse.training.html_report import refresh_report
 from scott_sparse.training.resume import REPORTS
 from scott_sparse.training.run import Run, RunFailed
 from scott_sparse.training.verdict import standard_error, verdict, what_to_try
@@ -95,7 +96,7 @@ class OnlineReport:
             raise RunFailed(f"{self.verdict} at epoch {epoch:g}; stopped (--stop-on-collapse).")
 
     def write(self) -> None:
-        """Find the verdict, and write all reports anew; if the disk is full, the next report tries again."""
+        """Find the verdict, write all reports and the page anew; if the disk is full, the next report tries again."""
         warmup = self.run.schedules.warmup_steps / self.run.steps_per_epoch
         remedy = what_to_try(self.run.recipe, len(self.run.data.pretrain))
         until = (self.reports[: i + 1] for i in range(len(self.reports)))
@@ -106,6 +107,7 @@ class OnlineReport:
             write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         except OSError as error:
             self.run.console.print(f"{self.path} cannot be written ({error.strerror})")
+        refresh_report(self.run)
 
     def examine(self, epoch: float) -> Health | None:
         """All processes extract features; the main process gets the report."""

@@ -31,11 +31,12 @@ from scott_sparse.model.jepa import make_target
 from scott_sparse.model.vit import Encoder
 from scott_sparse.training.health import rankme
 from scott_sparse.training.monitor import LIDAR_VIEWS, OnlineReport
+from scott_sparse.training.pictures import FIGURE_IMAGES, bank_of
 from scott_sparse.training.run import Run, RunFailed, accelerator_of, peak_memory_mib
 from scott_sparse.training.saver import EXIT_RESUME, Interrupted
 
 WARM_UP_STEPS, TIMED_STEPS = 2, 3
-FIGURE_SECONDS, FIGURE_IMAGES = 2.0, 8  # tokens.png: what matplotlib takes, and its columns
+FIGURE_SECONDS = 3.0  # the report: what is drawn without the encoder
 LINE_BYTES = 350  # of metrics.jsonl
 MIB = 2**20
 
@@ -118,13 +119,14 @@ class Plan:
 
     @property
     def end_seconds(self) -> float:
-        """Of k-NN with the first and the last encoder, and the figure."""
-        batches = _batches(self.run, self.run.data.train, self.run.val) if self.run.val else 0
+        """Of k-NN with the first and the last encoder, and the pictures: tokens of both, attention, neighbours."""
+        batches = 2 * _batches(self.run, self.run.data.train, self.run.val) if self.run.val else 0
+        batches += _batches(self.run, bank_of(self.run.data))
         recipe = self.run.recipe
         size, stride = form_of_run(recipe.sides, recipe.patch_size)
         shifts, pixels = (recipe.patch_size / stride) ** 2, math.prod(size) / math.prod(recipe.sides)
         figure = FIGURE_IMAGES * shifts * pixels / BATCH
-        return 2 * (batches + figure) * self.batch_seconds + FIGURE_SECONDS
+        return (batches + 3 * figure) * self.batch_seconds + FIGURE_SECONDS
 
     @property
     def seconds(self) -> float:

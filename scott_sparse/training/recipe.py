@@ -5,7 +5,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
 from scott_sparse.cli import ADVANCED, parse_flags
 from scott_sparse.data.dataset import DataConfig
@@ -221,6 +221,26 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """The fields as they are written to recipe.json and into checkpoints."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Recipe":
+        """From what `to_json` returned. Raises ValueError for fields that there are not, as of another version."""
+        try:
+            return _from_json(cls, fields)
+        except TypeError as error:
+            raise ValueError(f"recipe.json is of another version: {error}.") from None
+
+
+def _from_json(config: type, fields: dict[str, Any]) -> Any:
+    hints, values = get_type_hints(config), {}
+    for name, value in fields.items():
+        hint = hints.get(name)
+        if dataclasses.is_dataclass(hint):
+            value = _from_json(cast(type, hint), value)
+        elif isinstance(value, str) and Path in (hint, *get_args(hint)):
+            value = Path(value)
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return config(**values)
 
 
 FLOWERS102 = Recipe(source=DataConfig(data="flowers102"), dropout=0.2, attention_dropout=0.1, drop_path=0.1)

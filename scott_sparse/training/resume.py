@@ -15,8 +15,9 @@ from scott_sparse.training.recipe import Recipe
 
 RECIPE, METRICS, REPORTS, CHECKPOINTS = "recipe.json", "metrics.jsonl", "reports.jsonl", "checkpoints"
 UNREADABLE, NONFINITE, TOKENS, SUMMARY = "unreadable.txt", "nonfinite.txt", "tokens.png", "summary.json"
+REPORT, PICTURES = "report.html", "report"  # the page, and the folder of the pictures in it
 RESULTS = (*WEIGHTS.values(), CONFIG, TOKENS, SUMMARY)  # of a run that came to its end
-RUN_FILES = (RECIPE, METRICS, REPORTS, UNREADABLE, NONFINITE, *RESULTS)
+RUN_FILES = (RECIPE, METRICS, REPORTS, UNREADABLE, NONFINITE, REPORT, *RESULTS)
 
 LOCK_TIMEOUT_S = 10.0  # that another process may take to end: a run about to finish, or the workers of a killed one
 RESUMABLE_FIELDS = {  # may differ when a run resumes: where files are, what is printed, how long it runs
@@ -61,7 +62,8 @@ def open_folder(
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
         if checkpoint:  # of another run, whose first steps this one shares
             shutil.copy(checkpoint.parent.parent / METRICS, out / METRICS)
-    shutil.rmtree(out / "eval", ignore_errors=True)  # results of weights that are replaced
+    for folder in ("eval", PICTURES):  # of weights that are replaced
+        shutil.rmtree(out / folder, ignore_errors=True)
     write_json(out / RECIPE, {"recipe": name, **recipe.to_json()})
     save_digests(out, data.pretrain)
     if data.unreadable:
@@ -98,7 +100,7 @@ def find_checkpoint(recipe: Recipe, out: Path, fingerprint: str, precision: str,
 
 def check_same_run(saved: dict, recipe: Recipe, fingerprint: str, precision: str, path: Path) -> None:
     """Raises ValueError, naming the fields, unless resuming gives what an uninterrupted run of `recipe` would give."""
-    then, now = _flat(saved["recipe"]), _flat(recipe.to_json())
+    then, now = flatten(saved["recipe"]), flatten(recipe.to_json())
     names = sorted((now.keys() | then.keys()) - RESUMABLE_FIELDS)
     changed = [f"{name} was {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
     changes = {
@@ -123,8 +125,8 @@ def extends_finished_run(recipe: Recipe, out: Path) -> bool:
     return isinstance(epochs, int | float) and recipe.epochs > epochs and (out / CHECKPOINTS).is_dir()
 
 
-def _flat(fields: dict, prefix: str = "") -> dict:
+def flatten(fields: dict, prefix: str = "") -> dict:
     flat: dict = {}
     for name, value in fields.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat

@@ -81,6 +81,11 @@ class Run:
         return sum(p.numel() for p in self.model.encoder.parameters())
 
     @property
+    def device_name(self) -> str:
+        device = self.accelerator.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+
+    @property
     def workers(self) -> int:
         """Processes that prepare batches for this one."""
         if self.recipe.workers is not None:
@@ -158,7 +163,7 @@ class Run:
             },
             "encoder_parameters": self.encoder_parameters,
             "processes": self.accelerator.num_processes,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            "device": self.device_name,
             "mixed_precision": self.accelerator.mixed_precision,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }

@@ -12,6 +12,24 @@ EQUAL_STD = 1e-3  # of unit-length features times the root of their width: an un
 SETTLED_REPORTS = 2  # after warm-up: features often get worse before they get better
 MIM_TURN, MIM_GAIN = 100_000, 300_000  # image passes until MIM-JEPA alone gets better, until it is above its start
 
+ADVICE = {  # by the first words of a verdict
+    "starting": "Too early to tell: features often get worse before they get better. Wait for the next reports.",
+    "learning": "The features are getting better. While the curves still rise, more --epochs may gain more.",
+    "stalled": "More of the same is unlikely to help. Evaluate the encoder as it is, or change what it learns from: "
+    "more crops (--crops), more images, another learning rate (--lr).",
+    "collapsing": "The features of different images become equal. Stop the run, and start it again with a lower --lr, "
+    "a longer --warmup-epochs or a cross-crop term (--cross-crop-weight 0.5 --crops 8).",
+    "worse than": "k-NN does better without the training. It compares mean tokens alone: look at the linear and "
+    "attentive probes too before giving the encoder up.",
+    "no better than": "k-NN does as well without the training. It compares mean tokens alone: look at the linear and "
+    "attentive probes too before giving the encoder up.",
+}
+
+
+def advice(words: str) -> str:
+    """What to do about a verdict, in a sentence or two."""
+    return next((text for start, text in ADVICE.items() if words.startswith(start)), "")
+
 
 def verdict(reports: Sequence[Health], *, warmup_epochs: float = 0.0, remedy: str = "") -> str:
     """Either "starting", "learning", or "stalled", "collapsing" or "worse than" a baseline with more, in one line.

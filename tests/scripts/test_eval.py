@@ -10,11 +10,13 @@ import subprocess
 import sys
 
 import attentive
+import compare
 import extract
 import fewshot
 import knn
 import linear
 import pytest
+import report
 import table
 import torch
 import visualize
@@ -38,6 +40,7 @@ SCRIPTS = {  # name: what runs it, its flags, some of them shortened for the tes
 }
 CONFIGS = {name: config for name, (_, config, _) in SCRIPTS.items()}
 CONFIGS |= {"extract": extract.ExtractConfig, "visualize": visualize.VisualizeConfig}
+CONFIGS |= {"report": report.ReportConfig, "compare": compare.CompareConfig}
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from scott_sparse.training import monitor
 @pytest.fixture
 def pretrained(tmp_path, monkeypatch):
     """A function that runs train/pretrain.py; returns its run folder, what it printed and how it ended."""
-    monkeypatch.setattr(pretrain, "draw_tokens", lambda *_, **__: None)
+    monkeypatch.setattr(pretrain, "draw_learned", lambda *_, **__: None)
 
     def go(data, *more):
         out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"

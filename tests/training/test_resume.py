@@ -49,7 +49,7 @@ def train_into(out, data, *more, cut=None):
             signal.raise_signal(cut[1])
 
     before = [signal.getsignal(number) for number in saver.STOP_SIGNALS]
-    with mock.patch.multiple(pretrain, update_target=update_and_cut, draw_tokens=lambda *_, **__: None):
+    with mock.patch.multiple(pretrain, update_target=update_and_cut, draw_learned=lambda *_, **__: None):
         end = run_pretraining(*FLAGS, "--data", data, "--out", out, *more)
     assert [signal.getsignal(number) for number in saver.STOP_SIGNALS] == before
     return end

@@ -260,9 +260,11 @@ def make_target(encoder: Encoder) -> Encoder:
 
 
 @torch.no_grad()
-def target_features(target: Encoder, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+def target_features(
+    target: Encoder, images: Float[Tensor, "B 3 H W"], span: tuple[int, int] | None = None
+) -> Float[Tensor, "B N D"]:
     """What is predicted: the target's features of whole images, after a LayerNorm without affine parameters."""
-    return layer_norm(target(images).float())
+    return layer_norm(target(images, span=span).float())
 
 
 @torch.no_grad()

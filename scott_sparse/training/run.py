@@ -131,8 +131,13 @@ class Run:
             save_encoder(target, self.out, preprocess=Preprocess(recipe.sides))
             save_encoder(context, self.out, weights="context", preprocess=Preprocess(recipe.sides))
             if predictor is not None:
-                how = {"hide_ratio": recipe.hide_ratio, "mask_shape": recipe.mask_shape}
-                save_predictor(predictor, self.out, objective=recipe.objective, **how)
+                save_predictor(
+                    predictor,
+                    self.out,
+                    objective=recipe.objective,
+                    hide_ratio=recipe.hide_ratio,
+                    mask_shape=recipe.mask_shape,
+                )
 
         try:
             main_then_broadcast(save)

@@ -202,7 +202,7 @@ def test_a_folder_without_splits_that_was_pretrained_on_whole(pretrained_on, pho
         shutil.copy(path, flat / "-".join(path.relative_to(photos_folder).parts))
     with pytest.raises(ValueError, match="on 24 of the 24 test images"):
         evaluate("knn", pretrained_on(flat), photos_folder, tmp_path)
-    assert f"was pretrained on other data ({flat})" in capsys.readouterr().out
+    assert f"was pretrained on other images ({flat})" in capsys.readouterr().out
 
 
 def test_copies_within_the_data_set_are_reported_and_allowed(pretrained_on, photos_folder, tmp_path, capsys):
@@ -213,7 +213,7 @@ def test_copies_within_the_data_set_are_reported_and_allowed(pretrained_on, phot
     for image_size in (None, 256):
         result = evaluate("knn", run, photos, tmp_path, image_size=image_size)
         assert result["test_images_pretrained_on"] == 3 == result["test_images_also_in_training"]
-    assert "other data" not in capsys.readouterr().out
+    assert "other images" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="on 3 of the 24 test images"):  # these copies are not in this data set
         evaluate("knn", run, photos_folder, tmp_path)
 

@@ -63,8 +63,9 @@ class AnomalyConfig(ProbeConfig):
     method: Literal["both", "neighbours", "prediction"] = "both"
     """neighbours: distance to features of good patches. prediction: error of the run's predictor. both: as far as the
     run has what they need."""
-    coreset: float = 0.1
-    """Share of the good patches that neighbours are searched among."""
+    coreset: int = 5000
+    """How many good patches neighbours are searched among, at most: those that cover the others best. More are slower,
+    and better where good images differ much."""
     hidings: int = 4
     """How often each patch is hidden and predicted, at least."""
     quantile: float = 0.95
@@ -125,11 +126,11 @@ def run_anomaly(config: AnomalyConfig) -> None:
 def _check(config: AnomalyConfig) -> None:
     if config.crops > 1:
         raise ValueError(f"--crops {config.crops} averages features over views; a map is of one: use --crops 1.")
-    for name, (low, high) in {"coreset": (0.0, 1.0), "quantile": (0.0, 1.0)}.items():
-        if not low < getattr(config, name) <= high:
-            raise ValueError(f"{name} {getattr(config, name)} must lie above 0 and not above 1.")
-    if config.hidings < 1:
-        raise ValueError(f"hidings {config.hidings} must be 1 or more.")
+    if not 0 < config.quantile <= 1:
+        raise ValueError(f"quantile {config.quantile:g} must lie above 0 and not above 1.")
+    for name in ("coreset", "hidings"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} {getattr(config, name)} must be 1 or more.")
 
 
 def _masks(inspection: Inspection, test: Images, size: tuple[int, int]) -> UInt8[Tensor, "n H W"] | None:
@@ -162,21 +163,21 @@ def _scorers(
 
 
 def nearest_good(
-    encoder: ImageEncoder, good: Images, size: tuple[int, int], device: torch.device, share: float
+    encoder: ImageEncoder, good: Images, size: tuple[int, int], device: torch.device, count: int
 ) -> Scorer:
-    """Scores patches by the distance to a coreset of the patches of good images."""
+    """Scores patches by the distance to the nearest patch of good images, or of a coreset of `count` of them."""
     batches = track(torch.arange(len(good)).split(BATCH), description="features of good images", transient=True)
     patches = torch.cat(
         [_patches(encoder, eval_images(good, rows, size=size).to(device)).flatten(0, 2) for rows in batches]
     )
     check_finite(patches)
-    chosen, _ = k_centre(random_projection(patches), max(round(share * len(patches)), 1), what="coreset")
-    bank = patches[chosen]
+    if len(patches) > count:
+        patches = patches[k_centre(random_projection(patches), count, what="coreset")[0]]
 
     def score(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w"]:
         features = _patches(encoder, images)
         return torch.stack(
-            [torch.cdist(of_image.flatten(0, 1), bank).amin(1).view(of_image.shape[:2]) for of_image in features]
+            [torch.cdist(of_image.flatten(0, 1), patches).amin(1).view(of_image.shape[:2]) for of_image in features]
         )
 
     return score

@@ -66,15 +66,15 @@ def choose_next(config: LabelNextConfig) -> None:
     print(f"each other image is within a distance of {far:.2f} of a chosen or labelled one (0 equal, 2 opposite)")
 
 
-def _table(images: Images, distances: Float[Tensor, " k"], folder: Path) -> str:
+def _table(images: Images, distances: Float[Tensor, " k"], folder: Path) -> bytes:
     """CSV: rank, the image's path (or name in a set without files), distance to the nearest one before it."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("rank", "image", "distance"))
     for rank, (name, distance) in enumerate(zip(images.names, distances.tolist()), 1):
         where = str(folder / name) if folder.is_dir() else name
-        writer.writerow((rank, printable(where), "" if distance == float("inf") else f"{distance:.4f}"))
-    return text.getvalue()
+        writer.writerow((rank, where, "" if distance == float("inf") else f"{distance:.4f}"))
+    return text.getvalue().encode("utf-8", "surrogateescape")  # names of files may be no text
 
 
 def write_sheet(path: Path, images: Images) -> None:

@@ -278,13 +278,13 @@ def palette(classes: int) -> Float[np.ndarray, "256 3"]:
 def print_heads(encoder: str, heads: dict, classes: tuple[str, ...], images: dict, chosen_on: str) -> None:
     rows = []
     for head, of_head in heads.items():
-        choice, test = ", ".join(f"{key} {value}" for key, value in of_head["choice"].items()), of_head["test"]
+        choice, test = ", ".join(map(str, of_head["choice"].values())), of_head["test"]
         iou = ["-" if value is None else f"{value:.1f}" for value in test["iou"][:8]]
         low, high = test["miou_interval"]
-        means = f"{of_head['val']['miou']:.1f}", f"{test['miou']:.1f}", f"{low:.1f} - {high:.1f}"
+        means = f"{of_head['val']['miou']:.1f}", f"{test['miou']:.1f} ± {(high - low) / 2:.1f}"
         rows.append([head, choice, *means, *iou])
-    title = f"segmentation on {encoder} features, {images['test']:,} test images; settings chosen on {chosen_on}"
-    columns = ("head", "chosen", "val mIoU", "test mIoU", "95 % interval", *classes[:8])
+    title = f"segmentation on {encoder} features: IoU, {images['test']:,} test images"
+    columns = ("head", f"chosen on {chosen_on}", "val, mean", "test, mean", *classes[:8])
     Console().print(make_table(title, columns, rows))
 
 

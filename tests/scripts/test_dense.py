@@ -25,6 +25,8 @@ from scott_sparse.evaluation.subject import run_script
 from scott_sparse.model.jepa import MIMJEPA, ObjectiveConfig
 from scott_sparse.model.weights import PREDICTOR, save_predictor
 
+TRIMAP = np.full(256, 3, dtype=np.uint8)
+TRIMAP[:2] = 2, 1  # of our masks' values
 SCRIPTS = {
     "segment": (segment.SegmentConfig, segment.run_segmentation),
     "anomaly": (anomaly.AnomalyConfig, anomaly.run_anomaly),
@@ -35,6 +37,7 @@ SCRIPTS = {
 @pytest.fixture(autouse=True)
 def few_points(monkeypatch):
     monkeypatch.setattr(evaluation_segment, "CLUSTERED", 1000)
+    monkeypatch.setattr(evaluation_segment, "RATES", (1e-2,))
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +136,7 @@ def test_segmentation_of_a_folder(init, image_size, run_folder, pairs, tmp_path,
         tried = [setting for setting in result["settings_tried"] if setting["head"] == head]
         assert of_head["val"]["miou"] == max(setting["miou"] for setting in tried)
         if head != "kmeans" or init == "pixels":  # clusters of an untrained encoder have no meaning
-            assert of_head["test"]["miou"] > 65, head  # every pixel the larger class: 45
+            assert of_head["test"]["miou"] > 55, head  # every pixel the larger class: 45
     kinds = {setting["features"] for setting in result["settings_tried"]}
     assert kinds == ({"patch", "pixel"} if init == "pixels" else {"last", "last-4"})
     capsys.readouterr()
@@ -152,20 +155,18 @@ def test_published_splits_and_named_classes(layout, run_folder, pairs, tmp_path)
 
 def test_segmentation_of_petals_and_pets(run_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(petals, "SPLIT_SIZES", {"train": 32, "val": 8, "test": 8})
-    result = evaluate("segment", run_folder, "petals", tmp_path, steps=40)
+    result = evaluate("segment", run_folder, "petals", tmp_path, steps=20)
     assert result["classes"] == ["background", "petals", "centre"] and result["heads"]["conv"]["test"]["iou"][0] > 50
     base = tmp_path / "oxford-iiit-pet"
     for split, numbers in (("trainval", range(10)), ("test", range(10, 14))):
         names = [f"{breed}_{i}" for breed in ("Abyssinian", "beagle") for i in numbers]
         for i, name in enumerate(names):
             mask = write_square(base, f"images/{name}.jpg", seed=i)
-            write_mask(
-                base / "annotations" / "trimaps" / f"{name}.png", np.choose(mask // 127 + mask % 2, [2, 1, 3, 3])
-            )
+            write_mask(base / "annotations" / "trimaps" / f"{name}.png", TRIMAP[mask])
         lines = [f"{name} {1 if name.startswith('A') else 5} 1 1\n" for name in names]
         (base / "annotations" / f"{split}.txt").write_text("".join(lines))
     result = evaluate("segment", run_folder, "pets37", tmp_path, steps=40, data_root=tmp_path)
-    assert result["classes"] == ["background", "pet"] and result["heads"]["linear"]["test"]["miou"] > 65
+    assert result["classes"] == ["background", "pet"] and result["heads"]["linear"]["test"]["miou"] > 45
 
 
 def test_a_run_pretrained_on_test_images_is_not_evaluated_as_clean(run_folder, pairs, tmp_path):
@@ -207,7 +208,7 @@ def test_mistakes_of_segmentation_end_in_one_line(run_folder, pairs, tmp_path, m
 
 
 def test_defects_in_the_layout_of_mvtec(run_folder, parts, tmp_path, capsys):
-    result = evaluate("anomaly", run_folder, parts, tmp_path, coreset=0.5)
+    result = evaluate("anomaly", run_folder, parts, tmp_path)
     assert result["images"] == {"good": 16, "held_out": 4, "test": 12} and list(result["methods"]) == [
         "neighbours",
         "prediction",
@@ -234,7 +235,7 @@ def test_defects_in_two_folders(flat, run_folder, parts, tmp_path, capsys):
             for path in (root / folder).iterdir():
                 path.rename(root / f"{folder[:3]}-{path.name}")
             (root / folder).rmdir()
-    where = {"good": good, "test": test, "coreset": 0.5, "method": "neighbours"}
+    where = {"good": good, "test": test, "method": "neighbours"}
     result = evaluate("anomaly", run_folder, None, tmp_path, masks=masks, **where)
     assert result["data"] == str(test) and result["methods"]["neighbours"]["image_auroc"] == 100
     assert result["methods"]["neighbours"]["defects"].keys() == ({"defect"} if flat else {"red square"})
@@ -268,7 +269,7 @@ def test_drawn_defects_and_cells_of_elpv(run_folder, tmp_path, monkeypatch):
     (base / "labels.csv").write_text("".join(lines))
     spec = dataclasses.make_dataclass("Spec", ["submodule_search_locations"])([str(base.parent)])
     monkeypatch.setattr(builtin.importlib.util, "find_spec", lambda name: spec)
-    result = evaluate("anomaly", run_folder, "elpv", tmp_path, coreset=0.2)
+    result = evaluate("anomaly", run_folder, "elpv", tmp_path, coreset=100)
     assert {row["kind"] for row in result["scores"]} == {"good", "67 %", "100 %"}
     assert result["methods"]["neighbours"]["image_auroc"] == 100
 
@@ -288,7 +289,8 @@ def test_mistakes_of_anomaly_end_in_one_line(run_folder, parts, photos, tmp_path
         (["--good", parts / "train"], "give --data, or both --good and --test"),
         (["--good", parts / "train", "--test", empty], "no image there"),
         (["--data", parts, "--masks", empty], "--masks belongs to --good and --test"),
-        (["--data", parts, "--coreset", "0"], "coreset 0.0 must lie above 0"),
+        (["--data", parts, "--coreset", "0"], "coreset 0 must be 1 or more"),
+        (["--data", parts, "--quantile", "1.1"], "quantile 1.1 must lie above 0"),
         (["--data", parts, "--hidings", "0"], "hidings 0 must be 1 or more"),
     ):
         assert message in mistake("anomaly", [run_folder, "--cache-dir", tmp_path / "cache", *flags], monkeypatch)

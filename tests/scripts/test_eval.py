@@ -9,12 +9,15 @@ import shutil
 import subprocess
 import sys
 
+import anomaly
 import attentive
 import extract
 import fewshot
 import knn
+import label_next
 import linear
 import pytest
+import segment
 import table
 import torch
 import visualize
@@ -38,6 +41,8 @@ SCRIPTS = {  # name: what runs it, its flags, some of them shortened for the tes
 }
 CONFIGS = {name: config for name, (_, config, _) in SCRIPTS.items()}
 CONFIGS |= {"extract": extract.ExtractConfig, "visualize": visualize.VisualizeConfig}
+CONFIGS |= {"segment": segment.SegmentConfig, "anomaly": anomaly.AnomalyConfig}
+CONFIGS |= {"label_next": label_next.LabelNextConfig}
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ python eval/label_next.py runs/photos --data PHOTOS --count 50
 python eval/label_next.py runs/photos --data PHOTOS --labels some.csv --keep-labelled    # beyond those of the table
 
 Writes RUN/eval/label-next-DATA.csv, the most telling image first, and a contact sheet beside it. Of --data the images
-that pretraining may see are chosen from, so that test stays out. With a few labels k-centre favours unusual images.
+that pretraining may see are chosen from, so that test stays out. It pays for the first few dozens of labels; where
+there are hundreds, random images are as good (benchmarks/RESULTS.md).
 """
 
 import checkout  # noqa: F401 - first

@@ -20,6 +20,7 @@ from PIL import Image
 from scott_sparse.data.dataset import Data, DataConfig, open_data, open_source
 from scott_sparse.data.images import Images
 from scott_sparse.data.petals import render
+from scott_sparse.data.segmentation import read_png
 from scott_sparse.data.sources import Source, image_files, some, split_ranges
 from scott_sparse.randomness import generator_at
 from scott_sparse.shapes import Float, Tensor, UInt8
@@ -132,11 +133,7 @@ def _with_masks(data: Data, kinds: list[str | None], masks: Path) -> Inspection:
 
 def _read_mask(path: Path | None) -> UInt8[np.ndarray, "H W"]:
     assert path is not None
-    try:
-        with Image.open(path) as image:
-            return (np.array(image.convert("L")) > 0).astype(np.uint8)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"mask {path} cannot be read: {' '.join(str(error).split())}.") from None
+    return (read_png(path) > 0).astype(np.uint8)
 
 
 def drawn_source(side: int) -> Source:

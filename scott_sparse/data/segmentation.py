@@ -3,7 +3,7 @@
 * `petals`: drawn with the flowers; background, petals, centre.
 * `pets37`: the trimaps of Oxford-IIIT Pet; background, pet. Its third value, the undecided border, is ignored.
 * A folder with images/ and masks/, at its top or below split folders (train/images/a.jpg, train/masks/a.png, or
-  images/train/a.jpg, masks/train/a.png). A mask is an indexed or grey PNG of its image's size; its values are class
+  images/train/a.jpg, masks/train/a.png). A mask is an indexed or grey PNG of its image's shape; its values are class
   numbers from 0, and `IGNORE` where no class counts. classes.txt in the folder may name the classes, one a line.
 """
 
@@ -20,8 +20,7 @@ from rich.progress import track
 from scott_sparse.data.dataset import Data, DataConfig, open_data, open_source
 from scott_sparse.data.images import Images
 from scott_sparse.data.petals import petals_mask
-from scott_sparse.data.readers import ORIENTATION
-from scott_sparse.data.sources import SPLIT_NAMES, SPLITS, Source, image_files, some, split_ranges
+from scott_sparse.data.sources import SPLIT_NAMES, SPLITS, Source, image_files, printable, some, split_ranges
 from scott_sparse.model.crops import fixed_crops
 from scott_sparse.shapes import Tensor, UInt8
 
@@ -36,7 +35,7 @@ class Segmentation:
 
     data: Data
     read_mask: ReadMask
-    """Mask of an image by its name, in the size of its file."""
+    """Mask of an image by its name, in the size of its file or another of that shape."""
     classes: tuple[str, ...] | None
     """Class names by value; None: not named."""
 
@@ -61,11 +60,10 @@ def open_segmentation(config: DataConfig, *, short_side: int) -> Segmentation:
     if config.data is None or not folder.is_dir():
         raise ValueError(f"--data {config.data}: expected petals, pets37, or a folder with images/ and masks/.")
     source = _pairs(folder)
-    sizes = dict(zip(source.names, source.files))
     names = folder / "classes.txt"
     return Segmentation(
         open_source(source, config, title=str(folder.resolve()), short_side=short_side),
-        lambda name: _read_pair(sizes[name], _mask_of(folder, sizes[name])),
+        lambda name: read_png(_mask_of(folder, folder / name)),
         tuple(names.read_text(encoding="utf-8").split("\n")) if names.is_file() else None,
     )
 
@@ -96,18 +94,6 @@ def _mask_of(folder: Path, image: Path) -> Path:
     return folder.joinpath(*parts)
 
 
-def _read_pair(image: Path, mask: Path) -> UInt8[np.ndarray, "H W"]:
-    with Image.open(image) as opened:
-        width, height = opened.size
-        if opened.getexif().get(ORIENTATION, 1) >= 5:
-            width, height = height, width
-    values = read_png(mask)
-    if values.shape != (height, width):
-        found = f"{values.shape[0]} x {values.shape[1]}"
-        raise ValueError(f"{mask} has {found} pixels, its image {height} x {width}, upright; make them one size.")
-    return values
-
-
 def read_png(path: Path) -> UInt8[np.ndarray, "H W"]:
     """The values of an indexed, grey or binary PNG. Raises ValueError for another, or a damaged one."""
     try:
@@ -120,10 +106,17 @@ def read_png(path: Path) -> UInt8[np.ndarray, "H W"]:
 
 
 def read_masks(images: Images, read: ReadMask, *, size: tuple[int, int], what: str) -> UInt8[Tensor, "n H W"]:
-    """The masks of images as `eval_images` crops and resizes these; a pixel has the value nearest to its centre."""
+    """The masks of images as `eval_images` crops and resizes these; a pixel has the value nearest to its centre.
+
+    Raises ValueError for a mask of another aspect ratio than its image.
+    """
     masks = torch.empty(len(images), *size, dtype=torch.uint8)
     for i, name in enumerate(track(images.names, description=f"masks of {what}", transient=True)):
         mask = read(name)
+        (high, wide), (image_high, image_wide) = mask.shape, images.sizes[i].tolist()
+        if abs(high * image_wide - wide * image_high) > max(mask.shape):  # beyond the rounding of a resized image
+            found = f"{high} x {wide} pixels, its image {image_high} x {image_wide}"
+            raise ValueError(f"the mask of {printable(name)} has {found} (upright); give both the same shape.")
         top, left, height, width = fixed_crops(torch.tensor([mask.shape]), size=size)[0][0, 0].tolist()
         rows, columns = (
             first + np.floor((np.arange(count) + 0.5) * extent / count).astype(int)

@@ -301,7 +301,8 @@ def write_maps(folder: Path, images: Images, maps: dict[str, Tensor], methods: d
     for method, each in maps.items():
         pixels = (255 * _brightness(each, methods[method]["threshold"])).round().to(torch.uint8).numpy()
         for name, image in zip(images.names, pixels):
-            file = folder / method / f"{Path(name).with_suffix('')}.png"
+            inside = [part for part in Path(name).with_suffix(".png").parts if part not in ("/", "..")]
+            file = Path(folder, method, *inside)
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(file)
     return folder

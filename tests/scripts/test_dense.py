@@ -193,7 +193,7 @@ def test_mistakes_of_segmentation_end_in_one_line(run_folder, pairs, tmp_path, m
     roots["two"] = pairs(counts={"": 1}, name="two")
     for data, message, *flags in (
         (roots["missing"], "1 of 12 images have no mask (images/3.png); expected images/NAME.jpg with masks/NAME.png"),
-        (roots["larger"], "has 48 x 40 pixels, its image 40 x 48"),
+        (roots["larger"], "the mask of images/3.png has 48 x 40 pixels, its image 40 x 48 (upright); give both"),
         (roots["rgb"], "mode RGB, expected an indexed (P) or grey (L) PNG"),
         (roots["single"], "hold class 0 alone (255 is ignored); a second one is needed: where 255 marks the object"),
         (roots["unseen"], "class 7 is in masks of test but in none of train; move some images"),

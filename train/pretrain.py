@@ -8,10 +8,10 @@
 The same command resumes a run that was interrupted, to the same weights bit for bit (scott_sparse/training/saver.py).
 
 The run folder (--out, default runs/RECIPE) holds in the end: `encoder.safetensors` (the target encoder, to be used),
-`context.safetensors`, `encoder.json`, `metrics.jsonl` (one line per optimizer step), `reports.jsonl`, `recipe.json`,
-`pretrain_images.safetensors` (hashes of the images), `tokens.png`, `summary.json`, `checkpoints/`, `report.html` (all
-of it on a page, refreshed with the online reports; its pictures are in `report/`) and, if images were left out,
-`unreadable.txt`.
+`context.safetensors`, `encoder.json`, with MIM-JEPA `predictor.safetensors` and `predictor.json`, `metrics.jsonl` (one
+line per optimizer step), `reports.jsonl`, `recipe.json`, `pretrain_images.safetensors` (hashes of the images),
+`tokens.png`, `summary.json`, `checkpoints/`, `report.html` (all of it on a page, refreshed with the online reports; its
+pictures are in `report/`) and, if images were left out, `unreadable.txt`.
 """
 
 import contextlib
@@ -142,7 +142,7 @@ def train(run: Run, target: Encoder, first_steps: FirstSteps) -> dict:
             first_steps.after_step(step + 1, report)
             saver.after_step(step + 1)
 
-    run.save_weights(target, trained.encoder)  # before anything else, which may fail
+    run.save_weights(target, trained)  # before anything else, which may fail
     saver.check_last_save()
     return {**log.summary(), "report_share": round(report.seconds / log.seconds, 4), "verdict": report.verdict}
 

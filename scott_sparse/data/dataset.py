@@ -135,9 +135,15 @@ def open_data(config: DataConfig, *, short_side: int) -> Data:
     if config.data == "petals":
         short_side = max(64, short_side // 2)
     source, folder = _find(config, flower_side=short_side)
+    title = str((config.list or folder).resolve()) if folder else str(config.data)
+    return open_source(source, config, title=title, short_side=short_side)
+
+
+def open_source(source: Source, config: DataConfig, *, title: str, short_side: int) -> Data:
+    """The same for a source that is found already; `title` names the file of its decoded copies."""
     every, unreadable, notes = decode_once(
         source,
-        title=str((config.list or folder).resolve()) if folder else str(config.data),
+        title=title,
         short_side=short_side,
         selection=Selection(config.page, config.bands),
         keep_pixels=config.cache == "disk" or config.data == "petals",  # drawing a flower costs more than reading it

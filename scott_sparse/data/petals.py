@@ -17,6 +17,7 @@ import math
 import threading
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -127,7 +128,7 @@ def _layer(draw, u, v, polar, geometry, start, scale):
 
     Returns, all (n, H, W): the field; the position along the axis of the pixel's petal (0 base, 1 tip) and across it
     (-1 .. 1); the distance to the axis (0) relative to the seam with the next petal (1); cosine and sine of the axis;
-    the petal's brightness factor.
+    the petal's brightness factor; its number.
     """
     count, tip, base, roundness, widest, half_width, fill, notch = geometry
     turn = math.tau / count
@@ -147,7 +148,7 @@ def _layer(draw, u, v, polar, geometry, start, scale):
     notched = forward * (1 + notch * (1 - (1.8 * side).abs()).clamp(min=0))
     reach = notched.abs().clamp(min=1e-9) ** torch.where(forward > 0, tip, base)
     field = reach + torch.where(roundness > 0, side.square(), side.abs()) - 1
-    return field, along, side, 2 * (sector - sector.round()).abs(), cos, sin, own(draw(0.92, 1.08, most))
+    return field, along, side, 2 * (sector - sector.round()).abs(), cos, sin, own(draw(0.92, 1.08, most)), petal
 
 
 def _background(draw, x, y, lightness) -> Float[Tensor, "n 3 H W"]:
@@ -169,7 +170,7 @@ def _background(draw, x, y, lightness) -> Float[Tensor, "n 3 H W"]:
     return image
 
 
-def _flower(draw, image, x, y, radius, middle, geometry, lightness):
+def _flower(draw, image, x, y, radius, middle, geometry, lightness, petal_missing):
     """Paint the flower over the image, (n, 3, H, W); returns the image and the mask, (n, H, W)."""
     count, layers, disc, hole, *shape = geometry
     # Pose: a plane tilted about a random axis, in mild perspective, and turned; (u, v) are in flower radii.
@@ -187,15 +188,17 @@ def _flower(draw, image, x, y, radius, middle, geometry, lightness):
     mask = torch.zeros(image.shape[0], *image.shape[2:], dtype=torch.uint8)
     for scale, shift, present in ((1.0, 0.0, layers > 0), (0.70, 0.5, layers > 1)):
         start = shift * math.tau / count
-        field, along, side, border, cos, sin, shade = _layer(draw, u, v, polar, (count, *shape), start, scale)
+        field, along, side, border, cos, sin, shade, number = _layer(draw, u, v, polar, (count, *shape), start, scale)
         tip_colour = _colour(lightness + shift * draw(-0.2, 0.2), chroma, hue + shift * draw(-1.5, 1.5))
         petal = _paint(tip_colour, base_colour, (1 - along / draw(0.3, 0.9)).clamp(0, 1))
         towards_sun, past_sun = cos * sun.cos() + sin * sun.sin(), cos * sun.sin() - sin * sun.cos()
         shade = shade + curl * side.clamp(-1, 1) * past_sun + cup * (along - 0.5) * (1 + towards_sun) / 2
         shade = shade - vein * (0.5 + 0.5 * (9 * side).cos()) - seam * (4 * border - 3).clamp(0, 1)
         # A soft shadow of the layer on what lies beneath.
-        image = image * (1 - present * 0.45 * torch.exp(-3 * field.clamp(min=0)))[:, None]
-        cover = present * _coverage(field)
+        shadow, cover = present * 0.45 * torch.exp(-3 * field.clamp(min=0)), present * _coverage(field)
+        if petal_missing and shift == 0:  # in its sector lies the end of its neighbours' shadow
+            shadow, cover = torch.where(number == 0, shadow * border**4, shadow), cover * (number != 0)
+        image = image * (1 - shadow)[:, None]
         image = _paint(image, petal * shade[:, None], cover)
         mask[cover > 0.5] = 1
 
@@ -211,7 +214,7 @@ def _flower(draw, image, x, y, radius, middle, geometry, lightness):
     return image, mask
 
 
-def _scene(indices: Int[Tensor, " n"], split: str, seed: int, size: int):
+def _scene(indices: Int[Tensor, " n"], split: str, seed: int, size: int, petal_missing: bool):
     """Images, (n, 3, H, W), and masks, (n, H, W), both uint8, painted from back to front."""
     draw = _Draws(indices, split, seed)
     geometry = _GEOMETRY[indices % len(CLASSES)].T[:, :, None, None]
@@ -224,7 +227,8 @@ def _scene(indices: Int[Tensor, " n"], split: str, seed: int, size: int):
     image = _background(draw, x, y, torch.where(petals_light, low, high))
     radius = draw(0.62, 0.95)
     middle = [draw(-1.0, 1.0) * (1.10 - radius) for _ in "xy"]
-    image, mask = _flower(draw, image, x, y, radius, middle, geometry, torch.where(petals_light, high, low))
+    lightness = torch.where(petals_light, high, low)
+    image, mask = _flower(draw, image, x, y, radius, middle, geometry, lightness, petal_missing)
 
     for chance in (0.4, 0.2):  # leaves before the flower, reaching in from outside
         angle, inwards = draw(0.0, math.tau), draw(0.45, 1.0) * radius
@@ -249,12 +253,18 @@ def _scene(indices: Int[Tensor, " n"], split: str, seed: int, size: int):
 
 
 def render(
-    indices: Sequence[int] | Int[Tensor, " n"], *, split: str, seed: int = 0, size: int = 64
+    indices: Sequence[int] | Int[Tensor, " n"],
+    *,
+    split: str,
+    seed: int = 0,
+    size: int = 64,
+    petal_missing: bool = False,
 ) -> tuple[UInt8[Tensor, "n 3 side side"], UInt8[Tensor, "n side side"], Int[Tensor, " n"]]:
     """Draw flowers by index (from 0): images, 0 to 255; masks, 0 background, 1 petals, 2 centre; labels.
 
     `split` is one of SPLITS, `size` the side in pixels. The label of flower `index` is `index % len(CLASSES)`. The same
-    (seed, split, index) at another size is the same picture at another resolution, except for the noise of the camera.
+    (seed, split, index) at another size is the same picture at another resolution, except for the noise of the camera;
+    with `petal_missing` it is the same without the first petal of the outer layer.
     """
     indices = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices)).long()
     assert split in SPLITS and size >= 16 and (indices >= 0).all(), (split, size, indices)
@@ -262,7 +272,7 @@ def render(
     masks = torch.empty(len(indices), size, size, dtype=torch.uint8)
     chunk = max(1, 2**17 // size**2)  # larger chunks are slower: they exceed the processor's cache
     for i in range(0, len(indices), chunk):
-        images[i : i + chunk], masks[i : i + chunk] = _scene(indices[i : i + chunk], split, seed, size)
+        images[i : i + chunk], masks[i : i + chunk] = _scene(indices[i : i + chunk], split, seed, size, petal_missing)
     return images, masks, indices % len(CLASSES)
 
 
@@ -285,6 +295,17 @@ def _picture(names: Sequence[str], size: int, chunk: int, i: int) -> Image.Image
     with _DRAWING:
         pictures = _chunk(split, int(index) // chunk, chunk, size)
     return Image.fromarray(pictures[int(index) % chunk])
+
+
+def petals_mask(name: str, size: int) -> UInt8[np.ndarray, "side side"]:
+    """The mask, as `render` gives it, of a picture of `petals_source` by its name; neighbours are drawn together."""
+    _, split, index = name.split("/")
+    return _chunk_masks(split, int(index) // CHUNK, size)[int(index) % CHUNK]
+
+
+@functools.lru_cache(maxsize=2)
+def _chunk_masks(split: str, number: int, size: int):
+    return render(range(number * CHUNK, (number + 1) * CHUNK), split=split, size=size)[1].numpy()
 
 
 @functools.lru_cache(maxsize=16)

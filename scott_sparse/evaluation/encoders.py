@@ -1,9 +1,9 @@
 """Image encoders that are evaluated: ours, raw pixels, and models of timm.
 
 Each maps images that are normalised as in `scott_sparse.data.views` (B, 3, h, w) to `pooled` features (B, L, C), one
-vector for each of the last L blocks with the last block last, and to the `tokens` (B, N, D) of the last block. Every
-probe runs on every encoder, so that an encoder is compared with raw pixels, with its own initialisation and with
-models pretrained elsewhere.
+vector for each of the last L blocks with the last block last, and to the `tokens` (B, N, D) of the last block. `maps`
+gives feature maps, for what is asked of each place in an image. Every probe runs on every encoder, so that an encoder
+is compared with raw pixels, with its own initialisation and with models pretrained elsewhere.
 """
 
 import dataclasses
@@ -28,6 +28,10 @@ class ImageEncoder(nn.Module):
     description: dict
     """Everything but the weights that determines the output, in values that JSON can hold."""
 
+    def maps(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Float[Tensor, "B _ _ _"]]:
+        """Feature maps (B, C, h, w) by name: `last`, the tokens of the last block on their grid, and others."""
+        return {"last": on_grid(self(images)[1], images)}
+
 
 class FrozenEncoder(ImageEncoder):
     """Our encoder; the tokens of each block pass a LayerNorm without affine parameters (as the targets of pretraining
@@ -41,8 +45,16 @@ class FrozenEncoder(ImageEncoder):
         self.description |= {"span": span} if span else {}
 
     def forward(self, images: Float[Tensor, "B 3 h w"]) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B N D"]]:
-        blocks = [layer_norm(tokens.float()) for tokens in self.encoder.last_blocks(images, BLOCKS, self.span)]
+        blocks = self.blocks(images)
         return torch.stack([tokens.mean(1) for tokens in blocks], dim=1), blocks[-1]
+
+    def blocks(self, images: Float[Tensor, "B 3 h w"]) -> list[Float[Tensor, "B N D"]]:
+        return [layer_norm(tokens.float()) for tokens in self.encoder.last_blocks(images, BLOCKS, self.span)]
+
+    def maps(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Float[Tensor, "B _ _ _"]]:
+        """`last`, and `last-4`: the last four blocks (or all of fewer) side by side."""
+        blocks = self.blocks(images)
+        return {"last": on_grid(blocks[-1], images), "last-4": on_grid(torch.cat(blocks, dim=2), images)}
 
 
 class Pixels(ImageEncoder):
@@ -55,6 +67,10 @@ class Pixels(ImageEncoder):
     def forward(self, images: Float[Tensor, "B 3 h w"]) -> tuple[Float[Tensor, "B 1 C"], Float[Tensor, "B N D"]]:
         p = self.patch_size
         return images.flatten(1)[:, None], rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+
+    def maps(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Float[Tensor, "B _ _ _"]]:
+        """`patch`: all pixels of a patch. `pixel`: the colours of each pixel."""
+        return {"patch": on_grid(self(images)[1], images), "pixel": images}
 
 
 class TimmModel(ImageEncoder):
@@ -95,6 +111,13 @@ class TimmModel(ImageEncoder):
             return pooled, features[:, getattr(self.model, "num_prefix_tokens", 0) :]
         channels_last = features.shape[-1] == self.model.num_features  # as in timm's Swin
         return pooled, rearrange(features, "b h w c -> b (h w) c" if channels_last else "b c h w -> b (h w) c")
+
+
+def on_grid(tokens: Float[Tensor, "B N D"], images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
+    """Tokens as a map; their grid has the aspect ratio of the images."""
+    height, width = images.shape[2:]
+    rows = round((tokens.shape[1] * height / width) ** 0.5)
+    return rearrange(tokens, "b (h w) d -> b d h w", h=rows)
 
 
 def fingerprint(encoder: ImageEncoder) -> str:

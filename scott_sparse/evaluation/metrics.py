@@ -1,4 +1,4 @@
-"""Classification metrics of a probe; rates are in per cent."""
+"""Metrics of classification, segmentation and anomaly detection; rates are in per cent."""
 
 import dataclasses
 import json
@@ -6,9 +6,10 @@ import math
 
 import torch
 
-from scott_sparse.shapes import Float, Int, Tensor
+from scott_sparse.shapes import Bool, Float, Int, Tensor
 
 TOP_K = 5
+BOOTSTRAP = 500  # samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,3 +89,54 @@ def check_finite(features: Float[Tensor, "n ..."]) -> None:
     for chunk in features.split(16384):
         if not chunk.isfinite().all():
             raise ValueError("features are not finite: the encoder diverged, or its weights are damaged.")
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelScores:
+    """Metrics of a segmentation into K classes, over the pixels of all images that are not ignored; in per cent."""
+
+    miou: float
+    """Mean over the classes that occur of intersection over union."""
+    miou_interval: tuple[float, float]
+    """95 % of bootstrap samples of the images."""
+    iou: list[float | None]
+    """Of each class; None where neither masks nor predictions have it."""
+    accuracy: float
+    """Share of the pixels that are right."""
+
+
+def score_pixels(confusions: Int[Tensor, "n K K"]) -> PixelScores:
+    """From the counts of each image; rows are classes in the mask, columns predictions."""
+    total = confusions.sum(0).double()
+    iou = _iou(total)
+    generator, n = torch.Generator().manual_seed(0), len(confusions)
+    samples = torch.randint(n, (BOOTSTRAP, n), generator=generator)
+    counts = torch.zeros(BOOTSTRAP, n, dtype=torch.float64).scatter_add_(1, samples, torch.ones(BOOTSTRAP, n).double())
+    means = _iou((counts @ confusions.flatten(1).double()).unflatten(1, total.shape)).nanmean(1)
+    low, high = (100 * means.quantile(torch.tensor([0.025, 0.975]).double())).tolist()
+    return PixelScores(
+        miou=100 * iou.nanmean().item(),
+        miou_interval=(low, high),
+        iou=[None if value != value else 100 * value for value in iou.tolist()],
+        accuracy=100 * (total.diag().sum() / total.sum()).item(),
+    )
+
+
+def _iou(confusion: Float[Tensor, "*B K K"]) -> Float[Tensor, "*B K"]:
+    """NaN for a class that is in neither."""
+    both = confusion.diagonal(dim1=-2, dim2=-1)
+    return both / (confusion.sum(-1) + confusion.sum(-2) - both)
+
+
+def auroc(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float | None:
+    """Area under the ROC curve in per cent: how often a positive scores higher than a negative, ties count half.
+
+    None without positives or without negatives.
+    """
+    count = int(positive.sum())
+    if count in (0, len(positive)):
+        return None
+    _, place, ties = scores.unique(return_inverse=True, return_counts=True)
+    ranks = (ties.cumsum(0).double() - (ties - 1) / 2)[place]
+    above = ranks[positive].sum().item() - count * (count + 1) / 2
+    return 100 * above / (count * (len(positive) - count))

@@ -156,15 +156,40 @@ def choose(probe: Probe, features: Features, labels: Int[Tensor, " n"]) -> tuple
 
 
 def write_result(config: ProbeConfig, name: str, data: ProbeData, result: dict, *, seconds: float) -> dict:
-    """Write RUN/eval/PROBE-DATA-HASH.json and the confusion matrix as PNG beside it; returns the content of the JSON.
+    """Write a result by `write_entry` and the confusion matrix as PNG beside it; returns the content of the JSON."""
+    result = {**roles_of(data.data), "classes": list(data.classes), **result}
+    found = data.test_images_pretrained_on
+    entry, path = write_entry(config, name, data.encoder, data.data, result, pretrained_on=found, seconds=seconds)
+    draw_confusion(path.with_suffix(".png"), result["test"]["confusion"], data.classes)
+    print(printable(f"{path}, {path.with_suffix('.png').name}"))
+    return entry
+
+
+def roles_of(data: Data) -> dict:
+    """How many images had which role, for a result."""
+    assert data.val is not None and data.test is not None
+    chosen_on_test = torch.equal(data.val.rows, data.test.rows)  # paper protocol without a published val
+    images = {"train": len(data.train), "val": len(data.val), "test": len(data.test)}
+    return {"chosen_on": "test" if chosen_on_test else "val", "images": images}
+
+
+def write_entry(
+    config: ProbeConfig,
+    name: str,
+    encoder: EncoderUnderTest,
+    data: Data,
+    result: dict,
+    *,
+    pretrained_on: int | None,
+    seconds: float,
+) -> tuple[dict, Path]:
+    """Write RUN/eval/PROBE-DATA-HASH.json; returns its content and its path.
 
     Results of other images, sizes, weights or settings go to other files.
     """
-    encoder, images, source = data.encoder, data.data, config.source
-    assert source.data is not None and images.val is not None and images.test is not None
-    settings = config.own_settings
+    source, settings = config.source, config.own_settings
+    assert source.data is not None
     name = "-".join([name, *(value if isinstance(value, str) else f"{key}{value}" for key, value in settings.items())])
-    chosen_on_test = torch.equal(images.val.rows, images.test.rows)  # paper protocol without a published val
     result = {
         "probe": name,
         "subject": encoder.name,
@@ -172,14 +197,11 @@ def write_result(config: ProbeConfig, name: str, data: ProbeData, result: dict, 
         "image_size": list(encoder.size),
         "weights_hash": fingerprint(encoder.model),
         "data": source.data,
-        "data_fingerprint": images.fingerprint,
+        "data_fingerprint": data.fingerprint,
         "protocol": source.protocol,
-        "chosen_on": "test" if chosen_on_test else "val",
         "pretraining": encoder.pretraining,
-        "test_images_pretrained_on": data.test_images_pretrained_on,
-        "images": {"train": len(images.train), "val": len(images.val), "test": len(images.test)},
-        "test_images_also_in_training": images.test_duplicates,
-        "classes": list(data.classes),
+        "test_images_pretrained_on": pretrained_on,
+        "test_images_also_in_training": data.test_duplicates,
         "settings": settings,
         **result,
         "seconds": round(seconds, 1),
@@ -195,9 +217,7 @@ def write_result(config: ProbeConfig, name: str, data: ProbeData, result: dict, 
     subject = encoder.name if encoder.name in ("pixels", "random", "context") else ""
     path = encoder.out / f"{'-'.join(filter(None, (name, data_name, protocol, subject, key)))}.json"
     write_json(path, result)
-    draw_confusion(path.with_suffix(".png"), result["test"]["confusion"], data.classes)
-    print(printable(f"{path}, {path.with_suffix('.png').name}"))
-    return result
+    return result, path
 
 
 def versions() -> dict[str, str | None]:

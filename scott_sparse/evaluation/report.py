@@ -98,7 +98,7 @@ def draw_confusion(path: Path, confusion: list[list[int]], classes: Sequence[str
 
 
 def collect_results(runs: Iterable[Path]) -> dict[str, dict[str, dict[str, str]]]:
-    """{data set and protocol: {encoder: {probe: test top-1}}} of all results in the eval/ folders of some runs.
+    """{data set and protocol: {encoder: {probe: test top-1, or as named}}} of all results of some runs.
 
     Raises ValueError for a run without results.
     """
@@ -115,7 +115,9 @@ def collect_results(runs: Iterable[Path]) -> dict[str, dict[str, dict[str, str]]
         encoder = f"{result['run']} {result['subject']}" if result["subject"] in OURS else result["run"]
         table = tables.setdefault(f"{Path(result['data'])}, {result['protocol']} protocol", {})
         cells = table.setdefault(f"{encoder}, {size}", {})
-        if result["probe"].startswith("fewshot"):
+        if "cells" in result:  # which say themselves what they are
+            values = result["cells"]
+        elif result["probe"].startswith("fewshot"):
             settings = result["probe"].removeprefix("fewshot")
             shots = {f"{n} shot{'s' * (n != '1')}{settings}": row["top1"] for n, row in result["shots"].items()}
             values = {column: f"{top1['mean']:.1f} ± {top1['spread']:.1f}" for column, top1 in shots.items()}

@@ -121,10 +121,13 @@ def open_encoder(config: ProbeConfig) -> EncoderUnderTest:
     return EncoderUnderTest(name, config.run, FrozenEncoder(encoder, span), size, out, pretraining)
 
 
-def count_pretrained_test_images(encoder: EncoderUnderTest, source: DataConfig, data: Data) -> int | None:
+def count_pretrained_test_images(
+    encoder: EncoderUnderTest, source: DataConfig, data: Data, *, reopen: Callable[..., Data] = open_data
+) -> int | None:
     """How many images of `data.test` the encoder was pretrained on, pixel for pixel; None if its run did not record it.
 
-    Prints a line if the run was pretrained on another data set. Raises ValueError under the clean protocol if the
+    `reopen` opens the data again as `open_data` does, for another size. Prints a line if the run was pretrained on
+    another data set. Raises ValueError under the clean protocol if the
     encoder was pretrained on test images of which the data set holds no copy among its other images.
     """
     run = encoder.pretraining
@@ -135,10 +138,10 @@ def count_pretrained_test_images(encoder: EncoderUnderTest, source: DataConfig, 
     same_side = short_side == short_side_for(encoder.size)
     if not same_side or protocol != source.protocol:
         cache = source.cache if same_side else "none"  # only the digests are needed
-        data = open_data(dataclasses.replace(source, protocol=protocol, cache=cache), short_side=short_side)
+        data = reopen(dataclasses.replace(source, protocol=protocol, cache=cache), short_side=short_side)
     same_data = data.fingerprint == run.get("fingerprint")
     if not same_data and rank() == 0:
-        print(f"note: {encoder.run} was pretrained on other data ({run.get('source')}) than --data {source.data}.")
+        print(f"note: {encoder.run} was pretrained on other images ({run.get('source')}) than --data {source.data}.")
     test, pretrain, digests = data.test, data.pretrain, load_digests(Path(encoder.run))
     assert test is not None
     if digests is None:

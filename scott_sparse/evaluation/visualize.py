@@ -21,6 +21,7 @@ from einops import rearrange
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Patch
 from PIL import Image
 
 from scott_sparse.data.images import Images
@@ -138,12 +139,6 @@ def principal_colours(tokens: Float[Tensor, "B h w D"], inside: Bool[Tensor, "B 
     return picture
 
 
-def displayed(views: Float[Tensor, "*B 3 H W"]) -> Float[Tensor, "*B H W 3"]:
-    """Normalised views as colours in [0, 1]."""
-    colours = views * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
-    return rearrange(colours.clamp(0, 1), "... c H W -> ... H W c")
-
-
 def similarity_to(tokens: Float[Tensor, "B h w D"], point: Point) -> Float[Tensor, "B h w"]:
     """Cosine similarity of the token of the first image at `point`, (down, across) in 0 to 1, to all tokens."""
     h, w = tokens.shape[1:3]
@@ -181,7 +176,7 @@ def draw_tokens(
         inside = foreground(each)
         rows.append((name, principal_colours(each, torch.ones_like(inside))))
         rows.append((f"{name},\nforeground", principal_colours(each, inside)))
-    _draw(path, images, rows, size, titles)
+    draw_rows(path, images, rows, size, titles)
     return tokens
 
 
@@ -198,7 +193,7 @@ def draw_attention(
     views = eval_images(images, torch.arange(len(images)), size=size)
     heads = attention_of(encoder, views, stride=stride).unbind(-1)
     rows = [(f"head {i}", head / head.amax((1, 2), keepdim=True)) for i, head in enumerate(heads, 1)]
-    _draw(path, images, rows, size, titles)
+    draw_rows(path, images, rows, size, titles)
 
 
 def draw_similarity(
@@ -216,24 +211,31 @@ def draw_similarity(
         for i, point in enumerate(points)
         for name, each in tokens.items()
     ]
-    _draw(path, images, rows, size, titles, points)
+    draw_rows(path, images, rows, size, titles, points)
 
 
-def _draw(
+def colours_of(views: Float[Tensor, "*B 3 H W"]) -> Float[Tensor, "*B H W 3"]:
+    """From normalised images to colours in [0, 1]."""
+    colours = views * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
+    return rearrange(colours.clamp(0, 1), "... c H W -> ... H W c")
+
+
+def draw_rows(
     path: Path,
     images: Images,
     rows: Sequence[Row],
     size: tuple[int, int],
     titles: Sequence[str] | None,
     points: Sequence[Point] = (),
+    legend: Mapping[str, tuple[float, float, float]] | None = None,
 ) -> None:
     """A column for each image, with the image in the first row, in which `points` of the first image are marked.
 
-    A row's pictures are colours, or maps with values in [0, 1], for an image of `size`.
+    A row's pictures are colours, or maps with values in [0, 1], for an image of `size`. `legend`: colours by name.
     """
     height, width = size
     views = eval_images(images, torch.arange(len(images)), size=(2 * height, 2 * width))  # sharper than the maps
-    rows = [("image", displayed(views)), *rows]
+    rows = [("image", colours_of(views)), *rows]
     layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
     figsize = 1.3 * len(images) + 0.3, 1.33 * height / width * len(rows) + 0.35
     figure = Figure(figsize=figsize, dpi=90, layout=layout)
@@ -253,6 +255,9 @@ def _draw(
     for axis, title in zip(grid[0], titles or ()):
         text = "\n".join(textwrap.wrap(printable(title), 20, max_lines=3, placeholder="…"))
         axis.set_title(text, fontsize=7, parse_math=False)
+    if legend:
+        patches = [Patch(color=colour, label=printable(name)) for name, colour in legend.items()]
+        figure.legend(handles=patches, loc="outside lower center", ncols=len(images), fontsize=7, frameon=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # an emoji in a file's name is drawn as a box
         canvas = FigureCanvasAgg(figure)

@@ -207,12 +207,22 @@ class MIMJEPA(nn.Module):
         return {"invariance": invariance(embeddings), "sigreg": normality}
 
     def context_features(
-        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"]
+        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"], span: tuple[int, int] | None = None
     ) -> Float[Tensor, "B n D"]:
-        """Features of all N patches, with mask tokens where hidden (context "all"), or of the n visible ones only."""
-        if self.objective.context == "all":
-            return self.encoder(images, visible, count=self.count)
-        return self.encoder.forward_visible(images, visible, count=self.count)
+        """Features of all N patches, with mask tokens where hidden (context "all"), or of the n visible ones only.
+
+        `span`: see `Encoder.forward`.
+        """
+        encode = self.encoder if self.objective.context == "all" else self.encoder.forward_visible
+        return encode(images, visible, count=self.count, span=span)
+
+    def predict_hidden(
+        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"], span: tuple[int, int] | None = None
+    ) -> Float[Tensor, "B N D"]:
+        """The predictor's features of all patches, from the visible ones; it was trained on the hidden ones alone."""
+        assert self.predictor is not None
+        context = self.insert_mask_tokens(self.context_features(images, visible, span), visible)
+        return self.predictor(context, self.encoder.tokenizer.grid(images), span)
 
     def insert_mask_tokens(
         self, features: Float[Tensor, "B n D"], visible: Bool[Tensor, "B N"]
@@ -250,9 +260,11 @@ def make_target(encoder: Encoder) -> Encoder:
 
 
 @torch.no_grad()
-def target_features(target: Encoder, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+def target_features(
+    target: Encoder, images: Float[Tensor, "B 3 H W"], span: tuple[int, int] | None = None
+) -> Float[Tensor, "B N D"]:
     """What is predicted: the target's features of whole images, after a LayerNorm without affine parameters."""
-    return layer_norm(target(images).float())
+    return layer_norm(target(images, span=span).float())
 
 
 @torch.no_grad()

@@ -151,14 +151,19 @@ class Encoder(nn.Module):
         return last.attention.weights(inputs[0])[..., registers:, registers:]
 
     def forward_visible(
-        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"], *, count: int | None = None
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        visible: Bool[Tensor, "B N"],
+        *,
+        count: int | None = None,
+        span: tuple[int, int] | None = None,
     ) -> Float[Tensor, "B n D"]:
         """Features of the visible patches only, in raster order; hidden patches are not computed at all.
 
         Every image must have the same number n of visible patches, as `draw_visible` gives; ValueError otherwise.
         """
         tokens, where = self.tokenizer.packed_by_image(images, visible, count=count)
-        return self.transformer(tokens, positions(self.tokenizer.grid(images), tokens)[where])
+        return self.transformer(tokens, positions(self.tokenizer.grid(images), tokens, span)[where])
 
 
 class Predictor(nn.Module):
@@ -169,8 +174,10 @@ class Predictor(nn.Module):
         self.transformer = Transformer(dataclasses.replace(config, depth=depth), first_layer=config.depth + 1)
         self.head = nn.Sequential(nn.SiLU(), nn.LayerNorm(config.dim), init_linear(nn.Linear(config.dim, config.dim)))
 
-    def forward(self, features: Float[Tensor, "B N D"], grid: tuple[int, int]) -> Float[Tensor, "B N D"]:
-        return self.head(self.transformer(features, positions(grid, features)))
+    def forward(
+        self, features: Float[Tensor, "B N D"], grid: tuple[int, int], span: tuple[int, int] | None = None
+    ) -> Float[Tensor, "B N D"]:
+        return self.head(self.transformer(features, positions(grid, features, span)))
 
 
 class Transformer(nn.Module):

@@ -4,7 +4,8 @@ encoder = load_encoder("runs/demo")        # or a Hugging Face Hub repository, "
 features = encoder(encoder.preprocess(image)[None])
 
 A run folder has the target encoder, the one to use, in `encoder.safetensors`, the context encoder that the target
-follows in `context.safetensors`, and their config and preprocessing in `encoder.json`.
+follows in `context.safetensors`, and their config and preprocessing in `encoder.json`. With MIM-JEPA it also has the
+predictor, in `predictor.safetensors` and `predictor.json` (`load_predictor`).
 """
 
 import dataclasses
@@ -16,12 +17,14 @@ import torch
 from safetensors.torch import save
 
 from scott_sparse.files import load_strictly, read_json, write_atomically, write_json
+from scott_sparse.model.jepa import MIMJEPA, ObjectiveConfig
 from scott_sparse.model.preprocess import Preprocess
 from scott_sparse.model.vit import Encoder, EncoderConfig
 from scott_sparse.shapes import Tensor
 
 WEIGHTS = {"target": "encoder.safetensors", "context": "context.safetensors"}
 CONFIG = "encoder.json"
+PREDICTOR, PREDICTOR_CONFIG = "predictor.safetensors", "predictor.json"
 
 _FROM_PAPER = (  # (pattern in the paper's state dict, our name)
     (r"tokenizer\.tokenizer\.0\.weight", "tokenizer.kernels.0"),
@@ -75,6 +78,40 @@ def load_encoder(source: str | Path, *, weights: str = "target", engine: str = "
         except ValueError as error:
             raise ValueError(f"{folder / CONFIG}: {error}") from None
     return encoder.eval()
+
+
+def save_predictor(
+    state: dict[str, Tensor], folder: str | Path, *, objective: ObjectiveConfig, hide_ratio: float, mask_shape: str
+) -> None:
+    """Write the state of a predictor and how it was trained, beside its context encoder."""
+    folder = Path(folder)
+    write_atomically(folder / PREDICTOR, save({name: tensor.contiguous() for name, tensor in state.items()}))
+    trained = {"depth": objective.predictor_depth, "context": objective.context}
+    write_json(folder / PREDICTOR_CONFIG, {**trained, "hide_ratio": hide_ratio, "mask_shape": mask_shape})
+
+
+def load_predictor(folder: str | Path) -> tuple[MIMJEPA, float, str]:
+    """Context encoder and predictor of a run folder as a model in eval mode; the hide ratio and shape of its masks.
+
+    Raises ValueError for a run without a predictor, and as `load_encoder`.
+    """
+    folder = Path(folder)
+    if not all((folder / name).is_file() for name in (PREDICTOR, PREDICTOR_CONFIG)):
+        raise ValueError(
+            f"no predictor in {folder}: expected {PREDICTOR} and {PREDICTOR_CONFIG}, which train/pretrain.py writes at "
+            "the end of a run with MIM-JEPA (--mim-weight above 0); pretrain again."
+        )
+    encoder, entry = load_encoder(folder, weights="context"), read_json(folder / PREDICTOR_CONFIG)
+    kinds = {"depth": int, "context": str, "hide_ratio": float, "mask_shape": str}
+    if {name: type(value) for name, value in entry.items()} != kinds or not 1 <= entry["depth"] <= 256:
+        raise ValueError(f"{folder / PREDICTOR_CONFIG} is damaged: expected {', '.join(kinds)}.")
+    objective = ObjectiveConfig(predictor_depth=entry["depth"], context=entry["context"])
+    with torch.device("meta"):
+        model = MIMJEPA(encoder.config, objective)
+    model.encoder = encoder
+    assert model.predictor is not None
+    load_strictly(model.predictor, folder / PREDICTOR)
+    return model.eval(), entry["hide_ratio"], entry["mask_shape"]
 
 
 def read_config(path: Path) -> EncoderConfig:

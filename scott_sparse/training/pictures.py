@@ -27,7 +27,7 @@ from scott_sparse.evaluation.features import Features, eval_images, extract
 from scott_sparse.evaluation.knn import nearest
 from scott_sparse.evaluation.visualize import (
     attention_of,
-    displayed,
+    colours_of,
     draw_tokens,
     foreground,
     form_of_run,
@@ -76,7 +76,7 @@ def draw_views(out: Path, recipe: Recipe, data: Data) -> None:
     context, target = make_views(batch.crops, batch.views, size=recipe.sides)
     scale = torch.ones(patch, patch)
     visible = torch.kron(batch.visible.unflatten(-1, (h, w)).float(), scale)[..., None].bool()  # B V H W 1
-    crops = displayed(context)
+    crops = colours_of(context)
     crops = torch.where(visible, crops, 0.15 * crops.mean(-1, keepdim=True) + 0.85 * HIDDEN_GREY)
     coloured = recipe.views.crops - recipe.views.plain_crops
     labels = [f"crop {i + 1}{', plain' if i >= coloured else ''}" for i in range(recipe.views.crops)]
@@ -85,7 +85,7 @@ def draw_views(out: Path, recipe: Recipe, data: Data) -> None:
     for i, title in enumerate(titles_of(few, data.classes)):
         cells = [("image", data_uri(torch.tensor(few.read(int(few.rows[i]))) / 255))]
         if recipe.objective.mim_weight:
-            cells.append(("target", data_uri(displayed(target[i]))))
+            cells.append(("target", data_uri(colours_of(target[i]))))
         strips.append(Strip(title, [*cells, *zip(labels, map(data_uri, crops[i]))]))
     _write(out, "views", strips)
 
@@ -207,7 +207,8 @@ def _thumbnails(images: Images, recipe: Recipe) -> list[str]:
     """The centre crop of each image, which evaluations see, in full size."""
     height, width = (max(round(side * MAX_SIDE / max(recipe.sides)), 1) for side in recipe.sides)
     return [
-        data_uri(picture) for picture in displayed(eval_images(images, torch.arange(len(images)), size=(height, width)))
+        data_uri(picture)
+        for picture in colours_of(eval_images(images, torch.arange(len(images)), size=(height, width)))
     ]
 
 

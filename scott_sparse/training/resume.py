@@ -9,14 +9,14 @@ from rich.console import Console
 from scott_sparse.data.dataset import Data, unreadable_lines
 from scott_sparse.data.splits import save_digests
 from scott_sparse.files import read_json, write_json
-from scott_sparse.model.weights import CONFIG, WEIGHTS
+from scott_sparse.model.weights import CONFIG, PREDICTOR, PREDICTOR_CONFIG, WEIGHTS
 from scott_sparse.training.checkpoint import check, checkpoints, newest_valid, read_state
 from scott_sparse.training.recipe import Recipe
 
 RECIPE, METRICS, REPORTS, CHECKPOINTS = "recipe.json", "metrics.jsonl", "reports.jsonl", "checkpoints"
 UNREADABLE, NONFINITE, TOKENS, SUMMARY = "unreadable.txt", "nonfinite.txt", "tokens.png", "summary.json"
 REPORT, PICTURES = "report.html", "report"  # the page, and the folder of the pictures in it
-RESULTS = (*WEIGHTS.values(), CONFIG, TOKENS, SUMMARY)  # of a run that came to its end
+RESULTS = (*WEIGHTS.values(), CONFIG, PREDICTOR, PREDICTOR_CONFIG, TOKENS, SUMMARY)  # of a run that came to its end
 RUN_FILES = (RECIPE, METRICS, REPORTS, UNREADABLE, NONFINITE, REPORT, *RESULTS)
 
 LOCK_TIMEOUT_S = 10.0  # that another process may take to end: a run about to finish, or the workers of a killed one

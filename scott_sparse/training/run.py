@@ -29,7 +29,7 @@ from scott_sparse.model.losses import draw_projections
 from scott_sparse.model.preprocess import Preprocess
 from scott_sparse.model.tokenizer import TOKENIZERS
 from scott_sparse.model.vit import Encoder
-from scott_sparse.model.weights import save_encoder
+from scott_sparse.model.weights import save_encoder, save_predictor
 from scott_sparse.randomness import generator_at
 from scott_sparse.shapes import Float, Tensor
 from scott_sparse.training.optim import Schedules
@@ -126,14 +126,23 @@ class Run:
         )
         return load(batches, steps, workers=self.workers, pin=accelerator.device.type == "cuda")
 
-    def save_weights(self, target: Encoder, encoder: Encoder) -> None:
-        """Write the target and the context encoder; all processes take part. Raises RunFailed."""
-        context = make_target(target)
-        context.load_state_dict(full_state_dict(encoder))
+    def save_weights(self, target: Encoder, trained: MIMJEPA) -> None:
+        """Write the target and the context encoder and the predictor; all processes take part. Raises RunFailed."""
+        recipe, context = self.recipe, make_target(target)
+        context.load_state_dict(full_state_dict(trained.encoder))
+        predictor = full_state_dict(trained.predictor) if trained.predictor is not None else None
 
         def save() -> None:
-            save_encoder(target, self.out, preprocess=Preprocess(self.recipe.sides))
-            save_encoder(context, self.out, weights="context", preprocess=Preprocess(self.recipe.sides))
+            save_encoder(target, self.out, preprocess=Preprocess(recipe.sides))
+            save_encoder(context, self.out, weights="context", preprocess=Preprocess(recipe.sides))
+            if predictor is not None:
+                save_predictor(
+                    predictor,
+                    self.out,
+                    objective=recipe.objective,
+                    hide_ratio=recipe.hide_ratio,
+                    mask_shape=recipe.mask_shape,
+                )
 
         try:
             main_then_broadcast(save)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn import metrics
 
-from scott_sparse.evaluation.metrics import check_finite, score, wilson
+from scott_sparse.evaluation.metrics import auroc, check_finite, score, score_pixels, wilson
 
 
 def test_scores_equal_scikit_learns():
@@ -51,3 +51,22 @@ def test_mistakes():
         score(logits / 0, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="not finite"):
         check_finite(torch.full((2, 5), torch.inf))
+
+
+def test_auroc_is_that_of_scikit_learn():
+    scores, positive = torch.randint(5, (50,)).float(), torch.rand(50) < 0.3  # with ties
+    assert auroc(scores, positive) == pytest.approx(100 * metrics.roc_auc_score(positive, scores))
+    assert auroc(scores, torch.zeros(50, dtype=torch.bool)) is None
+
+
+def test_iou_is_that_of_scikit_learn():
+    labels, predictions = torch.randint(3, (4, 90)), torch.randint(3, (4, 90))
+    cells = (4 * a + b for a, b in zip(labels, predictions))
+    confusions = torch.stack([torch.bincount(cell, minlength=16).view(4, 4) for cell in cells])
+    scores = score_pixels(confusions)
+    expected = 100 * metrics.jaccard_score(labels.flatten(), predictions.flatten(), average=None)
+    assert scores.iou[:3] == pytest.approx(expected.tolist()) and scores.iou[3] is None  # a class that does not occur
+    assert scores.miou == pytest.approx(expected.mean())
+    low, high = scores.miou_interval
+    assert low < scores.miou < high
+    assert scores.accuracy == pytest.approx(100 * (labels == predictions).double().mean().item())

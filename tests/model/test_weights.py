@@ -8,7 +8,8 @@ from conftest import TINY, engines_on
 from safetensors.torch import load_file, save_file
 
 from scott_sparse import Encoder, from_paper_checkpoint, load_encoder, save_encoder
-from scott_sparse.model.weights import CONFIG, WEIGHTS
+from scott_sparse.model.jepa import MIMJEPA, ObjectiveConfig
+from scott_sparse.model.weights import CONFIG, PREDICTOR_CONFIG, WEIGHTS, load_predictor, save_predictor
 
 
 @pytest.fixture
@@ -25,6 +26,25 @@ def test_round_trip(saved):
     assert again.config == TINY and not again.training
     assert torch.equal(again(images), encoder(images))
     assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS["target"]]
+
+
+@pytest.mark.parametrize("context", ["all", "visible"])
+def test_a_predictor_survives_the_disk(context, tmp_path):
+    objective = ObjectiveConfig(predictor_depth=2, context=context, cross_crop_weight=0.5)
+    model = MIMJEPA(TINY, objective).eval()
+    save_encoder(model.encoder, tmp_path, weights="context")
+    with pytest.raises(ValueError, match=r"no predictor in .*: expected predictor.safetensors .*; pretrain again"):
+        load_predictor(tmp_path)
+    how = {"hide_ratio": 0.5, "mask_shape": "uniform"}
+    save_predictor(model.predictor.state_dict(), tmp_path, objective=objective, **how)
+    again, *loaded = load_predictor(tmp_path)
+    images, visible = torch.randn(2, 3, 32, 48), torch.tensor([[True, False, True, False, False, True]] * 2)
+    assert loaded == [0.5, "uniform"] and not again.training
+    assert torch.equal(again.predict_hidden(images, visible), model.predict_hidden(images, visible))
+    assert not torch.equal(again.predict_hidden(images, visible, span=(1, 1)), model.predict_hidden(images, visible))
+    (tmp_path / PREDICTOR_CONFIG).write_text(json.dumps({"depth": "2"}))
+    with pytest.raises(ValueError, match="damaged: expected depth, context, hide_ratio, mask_shape"):
+        load_predictor(tmp_path)
 
 
 def test_engines_share_one_checkpoint(saved):

@@ -4,10 +4,13 @@ import dataclasses
 import re
 import shlex
 
+import anomaly
 import attentive
 import extract
+import label_next
 import linear
 import pytest
+import segment
 import tyro
 from conftest import ROOT
 
@@ -33,6 +36,9 @@ QUESTIONS = {
     "attentive": attentive.AttentiveConfig,
     "fewshot": ProbeConfig,
     "extract": extract.ExtractConfig,
+    "segment": segment.SegmentConfig,
+    "anomaly": anomaly.AnomalyConfig,
+    "label_next": label_next.LabelNextConfig,
 }
 
 

@@ -9,14 +9,17 @@ import shutil
 import subprocess
 import sys
 
+import anomaly
 import attentive
 import compare
 import extract
 import fewshot
 import knn
+import label_next
 import linear
 import pytest
 import report
+import segment
 import table
 import torch
 import visualize
@@ -41,6 +44,8 @@ SCRIPTS = {  # name: what runs it, its flags, some of them shortened for the tes
 CONFIGS = {name: config for name, (_, config, _) in SCRIPTS.items()}
 CONFIGS |= {"extract": extract.ExtractConfig, "visualize": visualize.VisualizeConfig}
 CONFIGS |= {"report": report.ReportConfig, "compare": compare.CompareConfig}
+CONFIGS |= {"segment": segment.SegmentConfig, "anomaly": anomaly.AnomalyConfig}
+CONFIGS |= {"label_next": label_next.LabelNextConfig}
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +210,7 @@ def test_a_folder_without_splits_that_was_pretrained_on_whole(pretrained_on, pho
         shutil.copy(path, flat / "-".join(path.relative_to(photos_folder).parts))
     with pytest.raises(ValueError, match="on 24 of the 24 test images"):
         evaluate("knn", pretrained_on(flat), photos_folder, tmp_path)
-    assert f"was pretrained on other data ({flat})" in capsys.readouterr().out
+    assert f"was pretrained on other images ({flat})" in capsys.readouterr().out
 
 
 def test_copies_within_the_data_set_are_reported_and_allowed(pretrained_on, photos_folder, tmp_path, capsys):
@@ -216,7 +221,7 @@ def test_copies_within_the_data_set_are_reported_and_allowed(pretrained_on, phot
     for image_size in (None, 256):
         result = evaluate("knn", run, photos, tmp_path, image_size=image_size)
         assert result["test_images_pretrained_on"] == 3 == result["test_images_also_in_training"]
-    assert "other data" not in capsys.readouterr().out
+    assert "other images" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="on 3 of the 24 test images"):  # these copies are not in this data set
         evaluate("knn", run, photos_folder, tmp_path)
 

@@ -9,6 +9,7 @@ import attentive
 import extract
 import fewshot
 import knn
+import label_next
 import linear
 import pytest
 import table
@@ -31,6 +32,7 @@ SCRIPTS = {
     "attentive": (attentive.main, attentive.AttentiveConfig, ["--epochs", "2"]),
     "fewshot": (fewshot.run_few_shot, fewshot.ProbeConfig, []),
     "extract": (extract.main, extract.ExtractConfig, ["--file", "features.safetensors"]),
+    "label_next": (label_next.choose_next, label_next.LabelNextConfig, ["--count", "60"]),
 }
 
 
@@ -66,6 +68,9 @@ def test_every_script(script, run, tmp_path, monkeypatch, capsys):
         with safe_open("features.safetensors", "pt") as file:
             names = json.loads(file.metadata()["names"])
         assert len(names) == 10 * len(FOLDERS) and any(Path(name).parent.name == "[bold]" for name in names)
+        return
+    if script == "label_next":
+        assert (out / "eval" / f"label-next-{data.name}.csv").read_bytes().count(b".png") == 60
         return
     (path,) = (out / "eval").glob(f"{script}*.json")
     assert json.loads(path.read_text())["classes"] == sorted(FOLDERS)

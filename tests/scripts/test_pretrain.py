@@ -12,6 +12,7 @@ from conftest import ROOT, TINY_RUN, run_pretraining
 from safetensors.torch import load_file
 
 from scott_sparse import load_encoder
+from scott_sparse.model.weights import load_predictor
 
 
 def command(arguments, environment):
@@ -112,7 +113,9 @@ def test_what_follows_training_cannot_cost_its_weights(labelled, tmp_path, monke
     with pytest.raises(AttributeError):
         run_pretraining(*arguments)
     weights = load_file(out / "encoder.safetensors")
-    assert (out / "context.safetensors").exists() and not (out / "summary.json").exists()
+    assert (out / "context.safetensors").exists()
+    load_predictor(out)
+    assert not (out / "summary.json").exists()
     monkeypatch.setattr(pretrain, "knn_report", real)
     monkeypatch.setattr(pretrain, "update_target", fail)
     message, printed = run_pretraining(*arguments)

@@ -1,0 +1,302 @@
+"""Semantic segmentation on frozen feature maps: a linear head, a small convolutional one, and k-means without labels.
+
+A head gives logits on the grid of the patches. They are resized bilinearly to the pixels of the mask, where loss and
+IoU are computed and ignored pixels left out (as in the linear segmentation of DINOv2, arXiv 2304.07193, section 7.4).
+Masks are those of the evaluated images: cropped and resized with them. Which maps (the last block or the last four) and
+which learning rate: chosen on val for each head, which sees test once.
+
+k-means clusters the features of training patches into as many clusters as there are classes. Labels name the clusters:
+one class each, so that most training pixels are right (Hungarian matching, as in PiCIE, arXiv 2103.17070).
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from rich.console import Console
+from rich.progress import track
+from scipy.cluster.vq import kmeans2
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+
+from scott_sparse.data.dataset import DataConfig, evenly_spaced, short_side_for
+from scott_sparse.data.images import Images
+from scott_sparse.data.segmentation import IGNORE, class_names, open_segmentation, read_masks
+from scott_sparse.data.sources import printable
+from scott_sparse.distributed import process_state
+from scott_sparse.evaluation.encoders import ImageEncoder
+from scott_sparse.evaluation.features import BATCH, eval_images
+from scott_sparse.evaluation.metrics import PixelScores, check_finite, score_pixels
+from scott_sparse.evaluation.probe import roles_of, write_entry
+from scott_sparse.evaluation.report import make_table
+from scott_sparse.evaluation.subject import ProbeConfig, count_pretrained_test_images, open_encoder
+from scott_sparse.evaluation.visualize import colours_of, draw_rows
+from scott_sparse.randomness import generator_at, seed_at
+from scott_sparse.shapes import Float, Int, Tensor, UInt8
+
+HEADS = ("linear", "conv", "kmeans")
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+WIDTH = 128  # of the convolutional head
+TRAIN_BATCH = 32
+CLUSTERED, RESTARTS = 20_000, 4  # features for k-means; the restart with the smallest distances counts
+SHOWN = 8  # images
+Maps = dict[str, Float[Tensor, "n _ _ _"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentConfig(ProbeConfig):
+    """The flags of eval/segment.py."""
+
+    steps: int = 500
+    """Optimizer steps of 32 images for the linear and the convolutional head."""
+
+
+@dataclasses.dataclass
+class Candidate:
+    """A fitted head: one setting of the sweep."""
+
+    head: str
+    setting: dict
+    model: nn.Module
+
+
+def run_segmentation(config: SegmentConfig) -> None:
+    """Fit all heads, choose on val, score on test, write and print the result.
+
+    Raises ValueError for --crops 8, too few images, and as `open_encoder`, `open_segmentation`, `class_names`.
+    """
+    started, state = time.perf_counter(), process_state()
+    if config.crops > 1:
+        raise ValueError(f"--crops {config.crops} averages features over views; a mask belongs to one: use --crops 1.")
+    if config.steps < 1:
+        raise ValueError(f"steps {config.steps} must be 1 or more.")
+    if not state.is_main_process:
+        return
+    encoder, source = open_encoder(config), config.source
+    data_set = open_segmentation(source, short_side=short_side_for(encoder.size))
+    data = data_set.data
+    if data.val is None or data.test is None:
+        role = "val" if data.val is None else "test"
+        raise ValueError(f"--data {source.data} has too few images with masks to set some aside for {role}; add some.")
+
+    def reopen(again: DataConfig, *, short_side: int):
+        return open_segmentation(again, short_side=short_side).data
+
+    pretrained_on = count_pretrained_test_images(encoder, source, data, reopen=reopen)
+    roles = {"train": data.train, "val": data.val, "test": data.test}
+    masks = {role: read_masks(part, data_set.read_mask, size=encoder.size, what=role) for role, part in roles.items()}
+    classes = class_names(masks, data_set.classes)
+    model = encoder.model.to(state.device).eval()
+    maps = {role: extract_maps(model, part, size=encoder.size, what=role) for role, part in roles.items()}
+    standardise(maps)
+    how = {"classes": len(classes), "device": state.device}
+    candidates = [*fit_heads(maps["train"], masks["train"], steps=config.steps, **how)]
+    candidates += fit_kmeans(maps["train"], masks["train"], **how)
+
+    def scored(candidate: Candidate, role: str) -> PixelScores:
+        return score_pixels(confusions(candidate, maps[role], masks[role], **how))
+
+    val = [(candidate, scored(candidate, "val")) for candidate in track(candidates, "choosing on val", transient=True)]
+    best = {head: max((pair for pair in val if pair[0].head == head), key=lambda pair: pair[1].miou) for head in HEADS}
+    test = {head: scored(candidate, "test") for head, (candidate, _) in best.items()}
+    heads = {
+        head: {"choice": candidate.setting, "val": _json(of_val), "test": _json(test[head])}
+        for head, (candidate, of_val) in best.items()
+    }
+    tried = [{"head": one.head, **one.setting, "miou": round(scores.miou, 2)} for one, scores in val]
+    cells = {f"segment-{head}, mIoU": _with_interval(scores) for head, scores in test.items()}
+    result = {**roles_of(data), "classes": list(classes), "heads": heads, "settings_tried": tried, "cells": cells}
+    seconds = time.perf_counter() - started
+    _, path = write_entry(config, "segment", encoder, data, result, pretrained_on=pretrained_on, seconds=seconds)
+    chosen = {head: candidate for head, (candidate, _) in best.items()}
+    picture = path.with_suffix(".png")
+    draw_masks(picture, data.test, masks["test"], maps["test"], chosen, classes=classes, device=state.device)
+    print(printable(f"{path}, {picture.name}"))
+    print_heads(encoder.name, heads, classes, result["images"], result["chosen_on"])
+
+
+@torch.no_grad()
+def extract_maps(encoder: ImageEncoder, images: Images, *, size: tuple[int, int], what: str) -> Maps:
+    """Feature maps of the evaluation views of images, in half precision, on the CPU."""
+    device, parts = next(iter(encoder.state_dict().values()), torch.empty(0)).device, []
+    for rows in track(torch.arange(len(images)).split(BATCH), description=f"features of {what}", transient=True):
+        batch = encoder.maps(eval_images(images, rows, size=size).to(device))
+        parts.append({name: each.half().cpu() for name, each in batch.items()})
+    maps = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    for each in maps.values():
+        check_finite(each)
+    return maps
+
+
+def standardise(maps: dict[str, Maps]) -> None:
+    """To mean 0 and deviation 1 of each channel on the training images, in place."""
+    for name, train in maps["train"].items():
+        sums = torch.stack([torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))]) for x in _chunks(train)]).sum(0)
+        mean, square = (sums / train[:, 0].numel()).float()[..., None, None]
+        deviation = (square - mean.square()).clamp(min=1e-10).sqrt()
+        for part in maps.values():
+            for rows in part[name].split(BATCH):
+                rows.copy_((rows.float() - mean) / deviation)
+
+
+def _chunks(maps: Float[Tensor, "n _ _ _"]) -> Iterator[Tensor]:
+    return (chunk.double() for chunk in maps.split(BATCH))
+
+
+def fit_heads(
+    maps: Maps, masks: UInt8[Tensor, "n H W"], *, classes: int, steps: int, device: torch.device
+) -> Iterator[Candidate]:
+    """The linear and the convolutional head on each kind of map at each of `RATES`: AdamW with cosine decay.
+
+    All heads on a kind of map see the same batches and are trained side by side. Maps of single pixels get no
+    convolutional head.
+    """
+    for kind, features in maps.items():
+        settings = [(head, rate) for head in HEADS[: 1 if kind == "pixel" else 2] for rate in RATES]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed_at("segmentation heads"))
+            heads = nn.ModuleList(_head(name, features.shape[1], classes) for name, _ in settings).to(device)
+        groups = [{"params": head.parameters(), "lr": rate} for head, (_, rate) in zip(heads, settings)]
+        optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for step in track(range(steps), description=f"heads on {kind}", transient=True):
+            rows = torch.randint(len(masks), (TRAIN_BATCH,), generator=generator_at("images of a head", step))
+            x, target = features[rows].to(device).float(), masks[rows].to(device).long()
+            valid = (target != IGNORE).sum().clamp(min=1)
+            # Each head has parameters of its own: its gradient of the sum is that of its own loss.
+            losses = [_loss(head(x), target) for head in heads]
+            optimizer.zero_grad()
+            (torch.stack(losses).sum() / valid).backward()
+            optimizer.step()
+            schedule.step()
+        for head, (name, rate) in zip(heads, settings):
+            yield Candidate(name, {"features": kind, "lr": rate}, head.eval().cpu())
+
+
+def _head(name: str, channels: int, classes: int) -> nn.Module:
+    if name == "linear":
+        return nn.Conv2d(channels, classes, 1)
+    reduce, mix = nn.Conv2d(channels, WIDTH, 1), nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+    return nn.Sequential(reduce, nn.ReLU(), mix, nn.ReLU(), nn.Conv2d(WIDTH, classes, 1))
+
+
+def _loss(logits: Float[Tensor, "B K h w"], masks: Int[Tensor, "B H W"]) -> Float[Tensor, ""]:
+    return F.cross_entropy(_to_pixels(logits, masks.shape[1:]), masks, ignore_index=IGNORE, reduction="sum")
+
+
+def _to_pixels(logits: Float[Tensor, "B K h w"], size) -> Float[Tensor, "B K H W"]:
+    if logits.shape[2:] == size:
+        return logits
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def fit_kmeans(maps: Maps, masks: UInt8[Tensor, "n H W"], *, classes: int, device: torch.device) -> Iterator[Candidate]:
+    """k-means on each kind of map, as a linear head: the nearest of the centres c has the largest 2 c x - |c|²."""
+    for kind, features in maps.items():
+        drawn = torch.randperm(features[:, 0].numel(), generator=generator_at("patches for k-means"))[:CLUSTERED]
+        points = rearrange(features, "n c h w -> (n h w) c")[drawn].float().numpy()
+        fits = []
+        for restart in track(range(RESTARTS), description=f"k-means on {kind}", transient=True):
+            centres, labels = kmeans2(points, classes, iter=30, minit="++", rng=restart, missing="raise")
+            fits.append((float(np.square(points - centres[labels]).sum()), centres))
+        centres = torch.from_numpy(min(fits, key=lambda fit: fit[0])[1]).float()
+        head = nn.Conv2d(features.shape[1], classes, 1)
+        candidate = Candidate("kmeans", {"features": kind}, head)
+        _set_linear(head, centres)
+        counts = confusions(candidate, maps, masks, classes=classes, device=device).sum(0)
+        _, cluster_of = linear_sum_assignment(counts.numpy(), maximize=True)
+        _set_linear(head, centres[torch.from_numpy(cluster_of)])
+        yield candidate
+
+
+def _set_linear(head: nn.Conv2d, centres: Float[Tensor, "K C"]) -> None:
+    head.load_state_dict({"weight": 2 * centres[..., None, None], "bias": -centres.square().sum(1)})
+
+
+@torch.no_grad()
+def predict(
+    candidate: Candidate, maps: Maps, *, size: tuple[int, int], device: torch.device
+) -> Iterator[UInt8[Tensor, "B H W"]]:
+    """Classes of the pixels of images of `size`, in batches."""
+    head = candidate.model.to(device)
+    for features in maps[candidate.setting["features"]].split(BATCH):
+        yield _to_pixels(head(features.to(device).float()), size).argmax(1).to(torch.uint8).cpu()
+    candidate.model.cpu()
+
+
+def confusions(
+    candidate: Candidate, maps: Maps, masks: UInt8[Tensor, "n H W"], *, classes: int, device: torch.device
+) -> Int[Tensor, "n K K"]:
+    """Counts of pixels by class in the mask (row) and predicted class (column), for each image."""
+    size, counts = (masks.shape[1], masks.shape[2]), []
+    for expected, predicted in zip(masks.split(BATCH), predict(candidate, maps, size=size, device=device)):
+        for one, other in zip(expected.long(), predicted.long()):
+            cells = (one * classes + other)[one != IGNORE]
+            counts.append(torch.bincount(cells, minlength=classes**2).view(classes, classes))
+    return torch.stack(counts)
+
+
+def draw_masks(
+    path: Path,
+    images: Images,
+    masks: UInt8[Tensor, "n H W"],
+    maps: Maps,
+    heads: dict[str, Candidate],
+    *,
+    classes: tuple[str, ...],
+    device: torch.device,
+) -> None:
+    """Write a PNG with a column for some images; rows: images, masks, and what each head predicts, laid over them."""
+    some, size = evenly_spaced(len(images), SHOWN), (masks.shape[1], masks.shape[2])
+    shown, colours = images[some], torch.from_numpy(palette(len(classes)))
+    photos = colours_of(eval_images(shown, torch.arange(len(shown)), size=size))
+    few = {kind: of_kind[some] for kind, of_kind in maps.items()}
+    layers = {"mask": masks[some]}
+    layers |= {head: torch.cat([*predict(one, few, size=size, device=device)]) for head, one in heads.items()}
+    rows = [(name, torch.lerp(photos, colours[layer.long()], 0.6)) for name, layer in layers.items()]
+    legend = {name: (red, green, blue) for name, (red, green, blue) in zip(classes, colours.tolist())}
+    draw_rows(path, shown, rows, size, None, legend=legend)
+
+
+@functools.cache
+def palette(classes: int) -> Float[np.ndarray, "256 3"]:
+    """A colour for each value of a mask; ignored pixels are black."""
+    colours = np.zeros((IGNORE + 1, 3), dtype=np.float32)
+    colours[:classes] = matplotlib.colormaps["tab10" if classes <= 10 else "gist_ncar"](
+        np.arange(classes) if classes <= 10 else np.linspace(0.05, 0.95, classes)
+    )[:, :3]
+    return colours
+
+
+def print_heads(encoder: str, heads: dict, classes: tuple[str, ...], images: dict, chosen_on: str) -> None:
+    rows = []
+    for head, of_head in heads.items():
+        choice, test = ", ".join(map(str, of_head["choice"].values())), of_head["test"]
+        iou = ["-" if value is None else f"{value:.1f}" for value in test["iou"][:8]]
+        low, high = test["miou_interval"]
+        means = f"{of_head['val']['miou']:.1f}", f"{test['miou']:.1f} ± {(high - low) / 2:.1f}"
+        rows.append([head, choice, *means, *iou])
+    title = f"segmentation on {encoder} features: IoU, {images['test']:,} test images"
+    columns = ("head", f"chosen on {chosen_on}", "val, mean", "test, mean", *classes[:8])
+    Console().print(make_table(title, columns, rows))
+
+
+def _json(scores: PixelScores) -> dict:
+    return {
+        "miou": round(scores.miou, 2),
+        "miou_interval": [round(value, 2) for value in scores.miou_interval],
+        "iou": [None if value is None else round(value, 2) for value in scores.iou],
+        "accuracy": round(scores.accuracy, 2),
+    }
+
+
+def _with_interval(scores: PixelScores) -> str:
+    low, high = scores.miou_interval
+    return f"{scores.miou:.1f} ± {(high - low) / 2:.1f}"

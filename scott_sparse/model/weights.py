@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import get_type_hints
 
 import torch
-from safetensors.torch import save
 
-from scott_sparse.files import load_strictly, read_json, write_atomically, write_json
+from scott_sparse.files import load_strictly, read_json, tensors_to_bytes, write_atomically, write_json
 from scott_sparse.model.preprocess import Preprocess
 from scott_sparse.model.vit import Encoder, EncoderConfig
 from scott_sparse.shapes import Tensor
@@ -45,8 +44,7 @@ def save_encoder(
     """
     preprocess = preprocess or encoder.preprocess
     folder = Path(folder)
-    state = save({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()})
-    write_atomically(folder / WEIGHTS[weights], state)
+    write_atomically(folder / WEIGHTS[weights], tensors_to_bytes(encoder.state_dict()))
     entry = {"preprocess": preprocess.to_json()} if preprocess else {}
     write_json(folder / CONFIG, {**dataclasses.asdict(encoder.config), **entry})
 

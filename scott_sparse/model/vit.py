@@ -30,6 +30,9 @@ SIZES = {  # name: (width D, layers, heads)
 }
 
 
+MAXIMA = {"dim": 16384, "depth": 256, "heads": 256, "patch_size": 1024, "in_channels": 1024, "stem_width": 16384}
+
+
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
     """The architecture of an encoder; saved as JSON beside its weights. Raises ValueError for values out of range.
@@ -42,6 +45,7 @@ class EncoderConfig:
     depth: int
     heads: int
     patch_size: int = 16
+    in_channels: int = 3
     tokenizer: str = "scott"
     stem_width: int = 64
     ffn: str = "swiglu"
@@ -52,7 +56,7 @@ class EncoderConfig:
     drop_path: float = 0.0
 
     def __post_init__(self):
-        for name, most in (("dim", 16384), ("depth", 256), ("heads", 256), ("patch_size", 1024), ("stem_width", 16384)):
+        for name, most in MAXIMA.items():
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} {getattr(self, name)} is outside 1 to {most}.")
         if not 0 <= self.registers <= 1024:
@@ -82,7 +86,7 @@ class EncoderConfig:
 
 
 class Encoder(nn.Module):
-    """Tokenizer and Transformer: images (B, 3, H, W) to features (B, N, D), for any grid.
+    """Tokenizer and Transformer: images (B, C, H, W) to features (B, N, D), for any grid.
 
     Images are normalised as in training: `preprocess` does that. Pixels from 0 to 1 give features without an error,
     but far worse ones. After `.half()` or `.bfloat16()` images of any precision are taken, and features have that of
@@ -96,7 +100,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer = TOKENIZERS[config.tokenizer](
-            config.dim, patch_size=config.patch_size, stem_width=config.stem_width, engine=engine
+            config.dim,
+            patch_size=config.patch_size,
+            in_channels=config.in_channels,
+            stem_width=config.stem_width,
+            engine=engine,
         )
         self.transformer = Transformer(config)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.dim))
@@ -104,7 +112,7 @@ class Encoder(nn.Module):
 
     def forward(
         self,
-        images: Float[Tensor, "B 3 H W"],
+        images: Float[Tensor, "B C H W"],
         visible: Bool[Tensor, "B N"] | None = None,
         *,
         count: int | None = None,
@@ -122,7 +130,7 @@ class Encoder(nn.Module):
         return self.transformer(tokens, positions(self.tokenizer.grid(images), tokens, span))
 
     def pooled(
-        self, images: Float[Tensor, "B 3 H W"], *, size: tuple[int, int] | None = None, crops: int = 1
+        self, images: Float[Tensor, "B C H W"], *, size: tuple[int, int] | None = None, crops: int = 1
     ) -> Float[Tensor, "B D"]:
         """One vector for each image, as the probes see it: the mean token of the last block after a LayerNorm.
 
@@ -133,14 +141,14 @@ class Encoder(nn.Module):
         return torch.stack([layer_norm(self(view).float()).mean(1) for view in views]).mean(0)
 
     def last_blocks(
-        self, images: Float[Tensor, "B 3 H W"], count: int, span: tuple[int, int] | None = None
+        self, images: Float[Tensor, "B C H W"], count: int, span: tuple[int, int] | None = None
     ) -> list[Float[Tensor, "B N D"]]:
         """Features of whole images after each of the last `count` blocks, in the order of the blocks."""
         tokens = self.tokenizer(images)
         return self.transformer.last_blocks(tokens, positions(self.tokenizer.grid(images), tokens, span), count)
 
     def last_attention(
-        self, images: Float[Tensor, "B 3 H W"], span: tuple[int, int] | None = None
+        self, images: Float[Tensor, "B C H W"], span: tuple[int, int] | None = None
     ) -> Float[Tensor, "B heads N N"]:
         """Attention weights of the last block from each patch to each patch; registers are left out."""
         last, inputs = self.transformer.blocks[-1], []
@@ -151,7 +159,7 @@ class Encoder(nn.Module):
         return last.attention.weights(inputs[0])[..., registers:, registers:]
 
     def forward_visible(
-        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"], *, count: int | None = None
+        self, images: Float[Tensor, "B C H W"], visible: Bool[Tensor, "B N"], *, count: int | None = None
     ) -> Float[Tensor, "B n D"]:
         """Features of the visible patches only, in raster order; hidden patches are not computed at all.
 

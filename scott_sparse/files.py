@@ -92,14 +92,14 @@ def read_json(path: Path) -> dict:
 
 
 def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """A safetensors file of tensors of DTYPES. That library's own function needs numpy, which the model does not."""
+    """A safetensors file, to the byte that of `safetensors.torch.save`, which needs numpy; of tensors of DTYPES."""
     names, header, chunks, end = {dtype: name for name, dtype in DTYPES.items()}, {}, [], 0
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):
         values = tensor.detach().cpu().contiguous()
         chunks.append(ctypes.string_at(values.data_ptr(), values.nbytes))
         begin, end = end, end + values.nbytes
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
     return b"".join([len(encoded).to_bytes(8, "little"), encoded, *chunks])
 

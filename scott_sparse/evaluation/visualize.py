@@ -25,7 +25,6 @@ from PIL import Image
 
 from scott_sparse.data.images import Images
 from scott_sparse.data.sources import printable
-from scott_sparse.data.views import IMAGENET_MEAN, IMAGENET_STD
 from scott_sparse.evaluation.encoders import FrozenEncoder
 from scott_sparse.evaluation.features import eval_images
 from scott_sparse.shapes import Bool, Float, Tensor
@@ -54,8 +53,8 @@ def default_stride(size: tuple[int, int], patch_size: int) -> int:
 
 @torch.inference_mode()
 def on_fine_grid(
-    features: Callable[[Float[Tensor, "B 3 H W"]], Float[Tensor, "B N C"]],
-    images: Float[Tensor, "B 3 H W"],
+    features: Callable[[Float[Tensor, "B c H W"]], Float[Tensor, "B N C"]],
+    images: Float[Tensor, "B c H W"],
     *,
     patch_size: int,
     stride: int,
@@ -80,14 +79,14 @@ def on_fine_grid(
 
 
 def tokens_of(
-    encoder: FrozenEncoder, images: Float[Tensor, "B 3 H W"], *, stride: int | None = None
+    encoder: FrozenEncoder, images: Float[Tensor, "B C H W"], *, stride: int | None = None
 ) -> Float[Tensor, "B h w D"]:
     """Tokens of the last block on a fine grid."""
     return _features(encoder, lambda view: encoder(view)[1], images, stride)
 
 
 def attention_of(
-    encoder: FrozenEncoder, images: Float[Tensor, "B 3 H W"], *, stride: int | None = None
+    encoder: FrozenEncoder, images: Float[Tensor, "B C H W"], *, stride: int | None = None
 ) -> Float[Tensor, "B h w heads"]:
     """How much attention each patch receives in the last block, averaged over all patches that attend, by head.
 
@@ -168,8 +167,9 @@ def draw_tokens(
 
     `size`: (height, width) of the images in pixels; `stride`: pixels between tokens. Returns the tokens by encoder.
     """
-    views = eval_images(images, torch.arange(len(images)), size=size)
-    tokens = {name: tokens_of(encoder, views, stride=stride) for name, encoder in encoders.items()}
+    tokens = {
+        name: tokens_of(encoder, _views(images, encoder, size), stride=stride) for name, encoder in encoders.items()
+    }
     rows = []
     for name, each in tokens.items():
         inside = foreground(each)
@@ -177,6 +177,10 @@ def draw_tokens(
         rows.append((f"{name},\nforeground", principal_colours(each, inside)))
     _draw(path, images, rows, size, titles)
     return tokens
+
+
+def _views(images: Images, encoder: FrozenEncoder, size: tuple[int, int]) -> Float[Tensor, "B C h w"]:
+    return eval_images(images, torch.arange(len(images)), size=size, statistics=encoder.statistics)
 
 
 def draw_attention(
@@ -189,8 +193,7 @@ def draw_attention(
     titles: Sequence[str] | None = None,
 ) -> None:
     """As `draw_tokens`, with a row for each head of the last block (`attention_of`); each map in its own scale."""
-    views = eval_images(images, torch.arange(len(images)), size=size)
-    heads = attention_of(encoder, views, stride=stride).unbind(-1)
+    heads = attention_of(encoder, _views(images, encoder, size), stride=stride).unbind(-1)
     rows = [(f"head {i}", head / head.amax((1, 2), keepdim=True)) for i, head in enumerate(heads, 1)]
     _draw(path, images, rows, size, titles)
 
@@ -226,9 +229,12 @@ def _draw(
     A row's pictures are colours, or maps with values in [0, 1], for an image of `size`.
     """
     height, width = size
-    views = eval_images(images, torch.arange(len(images)), size=(2 * height, 2 * width))  # sharper than the maps
-    colours = views * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
-    rows = [("image", rearrange(colours.clamp(0, 1), "b c H W -> b H W c")), *rows]
+    plain = {"mean": (0.0,) * images.channels, "std": (1.0,) * images.channels}
+    sharper = (2 * height, 2 * width)  # than the maps
+    colours = eval_images(images, torch.arange(len(images)), size=sharper, statistics=plain).clamp(0, 1)
+    # Of other than three channels the first three bands are shown, of two the second twice, one as grey.
+    colours = colours[:, [min(band, images.channels - 1) for band in range(3)]]
+    rows = [("image", rearrange(colours, "b c H W -> b H W c")), *rows]
     layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
     figsize = 1.3 * len(images) + 0.3, 1.33 * height / width * len(rows) + 0.35
     figure = Figure(figsize=figsize, dpi=90, layout=layout)

@@ -72,6 +72,9 @@ def load_encoder(source: str | Path, *, weights: str = "target", engine: str = "
             encoder.preprocess = Preprocess.from_json(entry)
         except ValueError as error:
             raise ValueError(f"{folder / CONFIG}: {error}") from None
+        if len(encoder.preprocess.mean) != config.in_channels:
+            given = f"mean and std of {len(encoder.preprocess.mean)} channels"
+            raise ValueError(f"{folder / CONFIG}: preprocess has {given}, expected in_channels {config.in_channels}.")
     return encoder.eval()
 
 

@@ -45,7 +45,6 @@ class EncoderConfig:
     depth: int
     heads: int
     patch_size: int = 16
-    in_channels: int = 3
     tokenizer: str = "scott"
     stem_width: int = 64
     ffn: str = "swiglu"
@@ -54,6 +53,7 @@ class EncoderConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     drop_path: float = 0.0
+    in_channels: int = 3
 
     def __post_init__(self):
         for name, most in MAXIMA.items():

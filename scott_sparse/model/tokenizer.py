@@ -108,6 +108,8 @@ class Tokenizer(nn.Module):
         `count`, here and below: the number of visible patches of every image, where it is known. Then the host does not
         wait for a GPU, and the engines "dense" and "halo", by name, compile to one graph. ValueError on a CPU if it is
         wrong; on a GPU it is not checked.
+
+        Raises ValueError as `grid` and `active_sites`: for images and masks of another shape, dtype or device.
         """
         h, w = self.grid(images)
         if visible is None:  # len(images) would be a constant of an exported graph

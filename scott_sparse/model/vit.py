@@ -88,9 +88,9 @@ class EncoderConfig:
 class Encoder(nn.Module):
     """Tokenizer and Transformer: images (B, C, H, W) to features (B, N, D), for any grid.
 
-    Images are normalised as in training: `preprocess` does that. Pixels from 0 to 1 give features without an error,
-    but far worse ones. After `.half()` or `.bfloat16()` images of any precision are taken, and features have that of
-    the weights.
+    C is `config.in_channels`. Images are normalised as in training: `preprocess` does that. Pixels from 0 to 1 give
+    features without an error, but far worse ones. After `.half()` or `.bfloat16()` images of any precision are taken,
+    and features have that of the weights.
     """
 
     preprocess: Preprocess | None = None
@@ -178,6 +178,7 @@ class Predictor(nn.Module):
         self.head = nn.Sequential(nn.SiLU(), nn.LayerNorm(config.dim), init_linear(nn.Linear(config.dim, config.dim)))
 
     def forward(self, features: Float[Tensor, "B N D"], grid: tuple[int, int]) -> Float[Tensor, "B N D"]:
+        """Predicted target features of all N = h * w patches of a `grid` (h, w); hidden ones come as mask tokens."""
         return self.head(self.transformer(features, positions(grid, features)))
 
 

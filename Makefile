@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo --data petals
 
-.PHONY: demo test test-all faults lint clean
+.PHONY: demo test test-all faults docs wheel-check lint clean
 
 # Without a GPU two processes of one thread each are faster than one of two threads: these layers are small.
 PROCESSES := $(shell nvidia-smi > /dev/null 2>&1 && echo 1 || echo 2)
@@ -28,12 +28,20 @@ test-all: $(VENV)/installed
 faults: $(VENV)/installed
 	$(BIN)/python tests/faults.py
 
+# The API reference, a static site in site/; a test checks its links.
+docs: $(VENV)/installed
+	$(BIN)/python -W ignore -m pdoc scott_sparse scott_sparse.model.masks scott_sparse.model.stages scott_sparse.model.engines --output-directory site
+
+# Downloads torch into an empty environment: gigabytes.
+wheel-check: $(VENV)/installed
+	$(BIN)/python tests/wheel.py
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

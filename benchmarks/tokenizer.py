@@ -73,7 +73,7 @@ class OfTriton(OfPackage):
 class BlocksOf5(OfSpconv):
     """Pixel-unshuffle by 2 and spconv's own SubMConv2d: the 7x7 kernel is 4x4 blocks, padded with zeros to 5x5."""
 
-    def conv_blocks(self, blocks, kernel, side):
+    def conv_blocks(self, blocks, kernel, side, first):
         weight = F.pad(kernel, (0, 0, 0, 1, 0, 1)).contiguous()
         x = self.tensor(blocks.unflatten(0, (-1, side, side)))
         return torch.func.functional_call(layer_of_5(weight.shape[-1], len(weight)), {"weight": weight}, (x,)).features

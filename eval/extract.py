@@ -28,7 +28,7 @@ class ExtractConfig(ProbeConfig):
 
 def main(config: ExtractConfig) -> None:
     encoder = open_encoder(config)
-    data = open_data(config.source, short_side=short_side_for(encoder.size))
+    data = open_data(encoder.source(config.source), short_side=short_side_for(encoder.size))
     parts = [data.pretrain]
     for test in (data.test, data.unlabelled_test):
         if test is not None:  # under the paper protocol `pretrain` holds it already

@@ -51,11 +51,12 @@ def main(config: VisualizeConfig) -> None:
 
     if config.images < 1:
         raise ValueError(f"images {config.images} must be 1 or more.")
-    height, width = open_at(config.image_size).size
+    encoder = open_at(config.image_size)
+    height, width = encoder.size
     size = (height, width) if config.image_size else (2 * height, 2 * width)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoders = {name: open_at(size, init).model.to(device) for name, init in NAMES.items()}
-    images, classes = open_some(config.source, config.images, short_side=2 * max(size))
+    images, classes = open_some(encoder.source(config.source), config.images, short_side=2 * max(size))
     out = config.out or Path(config.run, "pictures")
     out.mkdir(parents=True, exist_ok=True)
     how = {"size": size, "titles": titles_of(images, classes)}

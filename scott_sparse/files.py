@@ -7,6 +7,7 @@ refused with one line.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from torch import nn
 from scott_sparse.shapes import Tensor
 
 MAX_JSON_BYTES = 16 * 2**20
-DTYPES = {"F32": torch.float32}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
 @contextlib.contextmanager
@@ -88,6 +89,19 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object but {type(value).__name__}.")
     return value
+
+
+def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file, to the byte that of `safetensors.torch.save`, which needs numpy; of tensors of DTYPES."""
+    names, header, chunks, end = {dtype: name for name, dtype in DTYPES.items()}, {}, [], 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):
+        values = tensor.detach().cpu().contiguous()
+        chunks.append(ctypes.string_at(values.data_ptr(), values.nbytes))
+        begin, end = end, end + values.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return b"".join([len(encoded).to_bytes(8, "little"), encoded, *chunks])
 
 
 def read_tensors(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -53,6 +53,38 @@ def max_blur_pool_by_loop(x: torch.Tensor) -> torch.Tensor:
     return torch.tensor(rows, dtype=x.dtype)
 
 
+def stem_by_loop(stem, images: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """A SparseStem in training mode by its definition: each layer on the dense map, then hidden sites set to zero."""
+    side = stem.patch_size
+    grid = (images.shape[2] // side, images.shape[3] // side)
+    kernels, biases, norms = iter(stem.kernels), iter(stem.biases), iter(stem.norms)
+    mask = pixel_mask(visible, grid, side).to(images.dtype)
+    x = images * mask
+    for stage in stem.stages:
+        kind = type(stage).__name__
+        if kind == "Conv":
+            usual = 0 if stage.kernel == stage.stride else (stage.kernel - 1) // 2  # for odd kernels
+            padding = usual if stage.padding is None else stage.padding
+            x = F.conv2d(x, next(kernels), next(biases) if stage.bias else None, stage.stride, padding)
+        elif kind == "MaxBlurPool":
+            tap = torch.tensor([1, 2, 1], dtype=x.dtype)
+            blur = (tap[:, None] * tap / 16).expand(x.shape[1], 1, 3, 3)
+            x = F.conv2d(F.max_pool2d(x, 2, stride=1), blur, stride=2, padding=1, groups=x.shape[1])
+        elif kind in ("ReLU", "GELU"):
+            x = x.clamp(min=0) if kind == "ReLU" else x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+        else:
+            norm = next(norms)
+            dims, weight = ((1,), torch.ones_like(x)) if kind == "LayerNorm" else ((0, 2, 3), mask.expand_as(x))
+            count = weight.sum(dims, keepdim=True)
+            mean = (x * weight).sum(dims, keepdim=True) / count
+            variance = ((x - mean).square() * weight).sum(dims, keepdim=True) / count
+            x = (x - mean) / (variance + stage.eps).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+        side //= getattr(stage, "stride", 1)
+        mask = pixel_mask(visible, grid, side).to(x.dtype)
+        x = x * mask
+    return x.flatten(2).mT
+
+
 def attention_by_einsum(self: Attention, x: torch.Tensor) -> torch.Tensor:
     """`Attention.forward` with its weights materialised (arXiv 1706.03762, eq. 1)."""
     q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)

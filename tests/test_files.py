@@ -10,10 +10,10 @@ import torch
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from scott_sparse import Encoder, EncoderConfig, load_encoder, save_encoder
-from scott_sparse.files import MAX_JSON_BYTES, read_json
+from scott_sparse.files import DTYPES, MAX_JSON_BYTES, read_json, tensors_to_bytes
 from scott_sparse.model.weights import CONFIG, WEIGHTS
 from scott_sparse.training.checkpoint import PARTS, check, newest_valid, save_checkpoint
 
@@ -28,6 +28,14 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     save_encoder(Encoder(TINY), folder)
     return folder
+
+
+def test_tensors_to_bytes_is_what_safetensors_writes():
+    tensors = {f"猫 {name}": torch.randn(4, 3).to(dtype) for name, dtype in DTYPES.items()}
+    tensors |= {"empty": torch.zeros(0, 4), "scalar": torch.tensor(7)}
+    assert tensors_to_bytes(tensors) == save(tensors)
+    turned = {"turned": torch.randn(3, 4).T}
+    assert torch.equal(load(tensors_to_bytes(turned))["turned"], turned["turned"])
 
 
 @pytest.fixture

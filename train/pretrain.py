@@ -71,6 +71,8 @@ def train(run: Run, target: Encoder, first_steps: FirstSteps) -> dict:
     recipe, accelerator, device, schedules = run.recipe, run.accelerator, run.accelerator.device, run.schedules
     optimizer = adamw(run.model)
     target.to(device)
+    assert target.preprocess is not None
+    statistics = target.preprocess.statistics
     if recipe.compile:
         run.model.compile()
         target.compile()
@@ -87,7 +89,7 @@ def train(run: Run, target: Encoder, first_steps: FirstSteps) -> dict:
         """A micro-batch on the device: context images, target images, and which patches are visible."""
         with log.input_time():
             crops = part.crops.to(device, non_blocking=True)
-            context, target_images = make_views(crops, part.views, size=recipe.sides)
+            context, target_images = make_views(crops, part.views, size=recipe.sides, **statistics)
             return context, target_images, part.visible.to(device, non_blocking=True)
 
     model.train()

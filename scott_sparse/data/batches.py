@@ -32,7 +32,7 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SI
 class Batch:
     """One process's images of one forward pass."""
 
-    crops: UInt8[Tensor, "B V H W 3"]
+    crops: UInt8[Tensor, "B V H W C"]
     """Crops as they are in the images, padded below and right."""
     views: Views
     visible: Bool[Tensor, "B V N"]

@@ -1,6 +1,6 @@
 """Decode a data set once, into one memory-mapped file of uint8 pixels that all processes of a machine share.
 
-A cache file holds the pixels of the readable pictures one after the other (each h x w x 3), then the index
+A cache file holds the pixels of the readable pictures one after the other (each h x w x channels), then the index
 (safetensors), then a trailer with the length and digest of the index. It is written under another name and renamed,
 under a file lock that ends with its process. A file is used only if trailer, index, sampled pixels and fingerprint are
 as expected; otherwise it is replaced. The fingerprint covers the settings, the versions of the packages that read
@@ -125,9 +125,9 @@ def decode_once(
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, about["bytes"], os.POSIX_FADV_WILLNEED)
     again = functools.partial(_decode_again, source, short_side, selection, about["bits"])
-    read = MappedPixels(path, sizes) if keep_pixels else again
+    read = MappedPixels(path, sizes, selection.channels) if keep_pixels else again
     labels = torch.tensor(source.labels) if source.labels else None
-    images = Images(read, torch.arange(len(sizes)), sizes, digests, labels, source.names)
+    images = Images(read, torch.arange(len(sizes)), sizes, digests, labels, source.names, selection.channels)
     notes = [f"bands {' '.join(map(str, selection.bands))} of pictures with several bands"] if selection.bands else []
     return images, {int(i): reason for i, reason in about["unreadable"].items()}, (*notes, *about["notes"])
 
@@ -150,18 +150,18 @@ def decode_some(
 class MappedPixels:
     """Reads pictures from a cache file; when it is pickled, the receiving process maps the file again."""
 
-    def __init__(self, path: Path, sizes: Int[Tensor, "n 2"]):
-        self.path, self.sizes = path, sizes
-        lengths = 3 * sizes.prod(1)
+    def __init__(self, path: Path, sizes: Int[Tensor, "n 2"], channels: int):
+        self.path, self.sizes, self.channels = path, sizes, channels
+        lengths = channels * sizes.prod(1)
         self.shapes, self.starts = sizes.tolist(), (lengths.cumsum(0) - lengths).tolist()
         self.pixels = np.memmap(path, np.uint8, "r", shape=(int(lengths.sum()),))
 
     def __call__(self, i: int) -> np.ndarray:
         (h, w), start = self.shapes[i], self.starts[i]
-        return self.pixels[start : start + 3 * h * w].reshape(h, w, 3)
+        return self.pixels[start : start + self.channels * h * w].reshape(h, w, self.channels)
 
     def __reduce__(self):
-        return MappedPixels, (self.path, self.sizes)
+        return MappedPixels, (self.path, self.sizes, self.channels)
 
 
 def _decode_again(source: Source, short_side: int, selection: Selection, bits: int, i: int) -> np.ndarray:

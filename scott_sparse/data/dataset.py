@@ -12,13 +12,12 @@ from scott_sparse.cli import ADVANCED, UserErrors
 from scott_sparse.data.builtin import PUBLISHED, published_source
 from scott_sparse.data.cache import CACHE_DIR, decode_once, decode_some
 from scott_sparse.data.hub import hub_source
-from scott_sparse.data.images import Images
+from scott_sparse.data.images import Images, evenly_spaced
 from scott_sparse.data.petals import CHUNK, petals_source
 from scott_sparse.data.readers import Selection
 from scott_sparse.data.sources import Source, counts, folder_source, printable, some
 from scott_sparse.data.splits import Splits, select_roles
 from scott_sparse.data.tables import apply_tables
-from scott_sparse.shapes import Int, Tensor
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class DataConfig:
     data_root: Annotated[Path, ADVANCED] = Path("data")
     """Folder in which published data sets lie, or to which they are downloaded."""
     cache: Literal["disk", "none"] = "disk"
-    """disk: decode each image once, into a file in --cache-dir (3 bytes a pixel).
+    """disk: decode each image once, into a file in --cache-dir (1 byte a pixel and channel).
     none: decode images again in every epoch, for data sets larger than the disk."""
     cache_dir: Annotated[Path, ADVANCED] = CACHE_DIR
     """Folder in which decoded images (and the features of evaluations) are kept between runs."""
@@ -42,10 +41,14 @@ class DataConfig:
     """Decoded images of at most this total size, in GiB, are read into memory when a run starts, larger ones later."""
     page: Annotated[int, ADVANCED] = 0
     """Which page to use of pictures with several, such as multi-page TIFFs, from 0."""
+    channels: int | None = None
+    """Channels of the images. 3: RGB, of grey pictures too. 1: grey, of coloured ones too. Another number: all bands of
+    pictures that have so many, such as multispectral TIFFs (in one page, or a page each), or as many by --bands.
+    Default: 3; in evaluation those of the encoder."""
     bands: Annotated[tuple[int, ...], ADVANCED] = ()
-    """Which bands to use of pictures with several, from 0: one as grey, or three as red, green and blue.
-    A picture of one band stays grey. Without this flag, pictures of four bands or more are refused, unless they are
-    RGB with alpha or CMYK and say so."""
+    """Which bands to use of pictures with several, from 0: one as grey, three as red, green and blue, or as many as
+    --channels. A picture of one band stays grey. Without this flag, pictures of four bands or more are refused, unless
+    they are RGB with alpha or CMYK and say so, or --channels asks for their bands."""
     skip_unreadable: bool = False
     """Leave out images that cannot be read. Otherwise they are listed, and the run does not start."""
     list: Path | None = None
@@ -59,6 +62,11 @@ class DataConfig:
     """Column of --labels, or of a set hf:NAME, that names the class. Default: label, class or category."""
     split_column: Annotated[str | None, ADVANCED] = None
     """Column of --labels that says train, val or test. Default: split, if there is such a column."""
+
+    @property
+    def selection(self) -> Selection:
+        """What to read of each picture. Raises ValueError for --page, --bands and --channels out of range."""
+        return Selection(self.page, self.bands, 3 if self.channels is None else self.channels)
 
 
 class UnreadableImages(UserErrors):
@@ -145,7 +153,7 @@ def open_source(source: Source, config: DataConfig, *, title: str, short_side: i
         source,
         title=title,
         short_side=short_side,
-        selection=Selection(config.page, config.bands),
+        selection=config.selection,
         keep_pixels=config.cache == "disk" or config.data == "petals",  # drawing a flower costs more than reading it
         folder=config.cache_dir,
         read_ahead_bytes=int(config.ram_gib * 2**30),
@@ -168,16 +176,10 @@ def open_some(config: DataConfig, count: int, *, short_side: int) -> tuple[Image
     roles = select_roles(config.protocol, source.splits, source.names, source.labels)
     candidates = roles["val"] or roles["pretrain"]
     chosen = [candidates[i] for i in evenly_spaced(len(candidates), count).tolist()]
-    selection = Selection(config.page, config.bands)
-    images, unreadable = decode_some(source, chosen, short_side=short_side, selection=selection)
+    images, unreadable = decode_some(source, chosen, short_side=short_side, selection=config.selection)
     if unreadable and (not config.skip_unreadable or len(unreadable) == len(chosen)):
         raise UnreadableImages({source.names[i]: reason for i, reason in unreadable.items()}, len(chosen))
     return images, source.classes
-
-
-def evenly_spaced(total: int, count: int) -> Int[Tensor, " n"]:
-    """`count` of the numbers 0 to total - 1, or all of them, the first and the last included."""
-    return torch.linspace(0, total - 1, min(count, total)).long()
 
 
 def _find(config: DataConfig, *, flower_side: int, chunk: int = CHUNK) -> tuple[Source, Path | None]:

@@ -25,6 +25,7 @@ from scott_sparse.data.readers import (
     Picture,
     Selection,
     Unreadable,
+    open_bands,
     open_picture,
     prepare_pillow,
 )
@@ -42,7 +43,7 @@ def decode(
     *,
     find_bits: Callable[[], int] = lambda: 16,
     note: Callable[[str], object] = lambda text: None,
-) -> UInt8[Tensor, "h w 3"]:
+) -> UInt8[Tensor, "h w C"]:
     """Decode a picture; one whose shorter side exceeds `short_side` pixels is resized to it (bicubic, antialiased).
 
     Args:
@@ -52,13 +53,17 @@ def decode(
     Raises Unreadable if the picture is not an image that can be decoded from the first byte to the last.
     """
     with _one_line_reasons():
+        if not selection.as_colours:
+            bands = open_bands(picture, selection)
+            table = None if bands.values.dtype == np.uint8 else _eight_bits(find_bits())
+            return _upright_bands(bands, table, short_side)
         image = open_picture(picture, selection)
         if isinstance(image, DeepPixels):
             image = _to_8_bits(image, find_bits())
         with image:
             if image.info.get(SEVERAL_PAGES):
                 note(f"page {selection.page} of TIFFs with several pages")
-            return _upright_rgb(image, short_side, selection)
+            return _upright_colours(image, short_side, selection)
 
 
 def largest_value(picture: Picture, selection: Selection) -> int:
@@ -67,6 +72,9 @@ def largest_value(picture: Picture, selection: Selection) -> int:
     Of pictures of 8 bits only the header is read. Raises as `decode`.
     """
     with _one_line_reasons():
+        if not selection.as_colours:
+            bands = open_bands(picture, selection)
+            return 0 if bands.values.dtype == np.uint8 else max(int(bands.values.max()), bands.stated)
         image = open_picture(picture, selection)
         if isinstance(image, DeepPixels):
             colours = image.values[..., :3] if image.values.ndim == 3 else image.values
@@ -117,15 +125,36 @@ def _eight_bits(bits: int) -> np.ndarray:
     return np.minimum(np.arange(2**16) * 255 / (2**bits - 1) + 0.5, 255).astype(np.uint8)
 
 
-def _upright_rgb(image: Image.Image, short_side: int, selection: Selection) -> UInt8[Tensor, "h w 3"]:
-    image.draft("RGB", _shrunk_size(image.size, short_side))  # JPEG: decode at 1/2, 1/4 or 1/8, not below this size
-    image.load()
+def _upright_bands(bands: DeepPixels, table: np.ndarray | None, short_side: int) -> UInt8[Tensor, "h w C"]:
+    """Bands of any meaning, each by itself; `table`: the 8 bits of each value of more bits."""
+    planes = []
+    for values in np.moveaxis(bands.values if table is None else table[bands.values], 2, 0):
+        image = Image.fromarray(np.ascontiguousarray(255 - values if bands.white_is_zero else values))
+        image.info = bands.info
+        planes.append(np.array(_shrink(_upright(image), short_side)))
+    return torch.from_numpy(np.stack(planes, 2))
+
+
+def _upright(image: Image.Image) -> Image.Image:
     with contextlib.suppress(Exception):  # a damaged EXIF block: the orientation is unknown, the pixels are intact
         image = ImageOps.exif_transpose(image)
-    image = _rgb(image, selection)
-    if min(image.size) > short_side:
-        image = image.resize(_shrunk_size(image.size, short_side), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image))
+    return image
+
+
+def _shrink(image: Image.Image, short_side: int) -> Image.Image:
+    if min(image.size) <= short_side:
+        return image
+    return image.resize(_shrunk_size(image.size, short_side), Image.Resampling.BICUBIC)
+
+
+def _upright_colours(image: Image.Image, short_side: int, selection: Selection) -> UInt8[Tensor, "h w C"]:
+    image.draft("RGB", _shrunk_size(image.size, short_side))  # JPEG: decode at 1/2, 1/4 or 1/8, not below this size
+    image.load()
+    image = _rgb(_upright(image), selection)
+    if selection.channels == 1:
+        image = image.convert("L")  # of a grey picture the same values
+    pixels = torch.from_numpy(np.array(_shrink(image, short_side)))
+    return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
 def _shrunk_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:

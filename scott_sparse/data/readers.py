@@ -34,6 +34,7 @@ BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION, MAX_SAMPLE, PLANAR, EXTRA_SAMPLES, S_
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2
 SEPARATE_PLANES = 2
 UNSPECIFIED, UNASSOCIATED_ALPHA = 0, 2
+MAX_CHANNELS = 1024
 
 
 SELECTED, SEVERAL_PAGES = "bands are selected", "TIFF with several pages"  # truth values in `Image.info`
@@ -49,13 +50,23 @@ class Selection:
 
     page: int = 0
     bands: tuple[int, ...] = ()
+    channels: int = 3
 
     def __post_init__(self):
         if self.page < 0:
             raise ValueError(f"--page {self.page}: pages are numbered from 0.")
-        if len(self.bands) not in (0, 1, 3) or min(self.bands, default=0) < 0:
+        if not 1 <= self.channels <= MAX_CHANNELS:
+            raise ValueError(f"--channels {self.channels} is outside 1 to {MAX_CHANNELS}.")
+        if len(self.bands) not in (0, 1 if self.channels == 3 else 0, self.channels) or min(self.bands, default=0) < 0:
             bands = " ".join(map(str, self.bands))
+            if self.channels != 3:
+                raise ValueError(f"--bands {bands}: expected {self.channels} (--channels), numbered from 0.")
             raise ValueError(f"--bands {bands}: expected one band (grey) or three (as RGB), numbered from 0.")
+
+    @property
+    def as_colours(self) -> bool:
+        """Whether pictures are read as grey or RGB, not as bands of any meaning."""
+        return self.channels in (1, 3)
 
     def of(self, planes: list) -> list:
         """The selected ones of a picture's bands."""
@@ -149,7 +160,8 @@ def open_picture(picture: Picture, selection: Selection) -> Image.Image | DeepPi
     if UNSPECIFIED in tags.get(EXTRA_SAMPLES, ()) or planar_16_bit:  # Pillow would drop the band, or misread the planes
         with image:  # closes a file, not bytes
             return _open_tiff(picture, selection)
-    if image.mode in ("LA", "RGBA") and not selection.bands and not _has_alpha(image, tags, picture):
+    undecided = selection.as_colours and not selection.bands
+    if image.mode in ("LA", "RGBA") and undecided and not _has_alpha(image, tags, picture):
         raise Unreadable(_choose_bands(len(image.getbands())))
     rawmode = _rawmode(image)
     if image.mode.startswith("I"):
@@ -242,37 +254,98 @@ def _deep(values: np.ndarray, tags: Any, info: dict[Any, Any]) -> DeepPixels:
     return DeepPixels(values.astype(np.uint16), largest, tags.get(PHOTOMETRIC) == WHITE_IS_ZERO, info)
 
 
-def _open_tiff(picture: Path | io.BytesIO, selection: Selection) -> Image.Image | DeepPixels:
-    """A TIFF that Pillow does not read: more bands than colours and alpha, 16-bit planes, rare kinds of grey."""
+def open_bands(picture: Picture, selection: Selection) -> DeepPixels:
+    """All bands of a picture, or the selected ones, as they are in the file, alpha included: (h, w, C) in 8 or 16 bits.
+
+    Raises Unreadable unless there are as many as `selection.channels`, and as `open_picture`.
+    """
+    if not isinstance(picture, Image.Image) and _first_bytes(picture, 4) in TIFF_MAGIC:
+        if isinstance(picture, Path):
+            _check_file(picture)
+        with _tiff_file(picture) as file:
+            first = _tiff_page(file, selection.page if len(file.pages) > 1 else 0)
+            if first.samplesperpixel == 1 and len(file.pages) > 1:  # a stack
+                wanted = selection.bands or range(selection.channels)
+                if max(wanted) >= len(file.pages) or (not selection.bands and len(file.pages) != selection.channels):
+                    raise Unreadable(_other_bands(len(file.pages), selection))
+                parts = [_tiff_page(file, number) for number in wanted]
+                if any(page.shape != first.shape or page.dtype != first.dtype for page in parts):
+                    raise Unreadable("pages of different sizes or types, expected a stack of bands")
+                planes = [page.asarray() for page in parts]
+            else:
+                planes = _planes(first)
+                planes = selection.of(planes) if selection.bands else planes
+            tags, info = _tiff_tags(first)
+    else:
+        image = open_picture(picture, selection)
+        if isinstance(image, Image.Image):
+            with image:
+                values = np.asarray(image.convert("RGB") if image.mode == "P" else image)
+            tags, info = {}, image.info
+        else:
+            values, tags, info = image.values, {}, image.info
+        planes = [values] if values.ndim == 2 else list(np.moveaxis(values, 2, 0))
+        planes = selection.of(planes) if selection.bands else planes
+    if len(planes) != selection.channels:
+        raise Unreadable(_other_bands(len(planes), selection))
+    values = np.stack(planes, 2)
+    return DeepPixels(values, 0, False, info) if values.dtype == np.uint8 else _deep(values, tags, info)
+
+
+def _other_bands(count: int, selection: Selection) -> str:
+    return f"{count} bands, expected {selection.channels} (--channels); name as many with --bands"
+
+
+def _tiff_file(picture: Path | io.BytesIO) -> Any:
     try:
         import tifffile
     except ImportError:
         raise Unreadable("a TIFF of more bands than Pillow reads: pip install 'scott-sparse[formats]'") from None
     if isinstance(picture, io.BytesIO):
         picture.seek(0)
-    with tifffile.TiffFile(picture) as file:
+    return tifffile.TiffFile(picture)
+
+
+def _tiff_page(file: Any, number: int) -> Any:
+    """A page of integer pixels that can be read, not yet decoded."""
+    if number >= len(file.pages):
+        raise Unreadable(_no_page(number))
+    page = file.pages[number].aspage()
+    if page.imagewidth * page.imagelength > MAX_PICTURE_PIXELS:
+        raise Image.DecompressionBombError
+    if getattr(page.dtype, "kind", "") not in ("u", "i") or page.ndim != min(page.samplesperpixel, 2) + 1:
+        raise Unreadable(f"pixels of type {page.dtype} and shape {page.shape}, expected integers")
+    if len(page.dataoffsets) < math.prod(page.chunked):  # tifffile would make up millions of strips
+        raise Unreadable("damaged: the file has fewer strips or tiles of pixels than it says")
+    return page
+
+
+def _planes(page: Any) -> list[np.ndarray]:
+    """The bands of a page."""
+    values = page.asarray()
+    if page.samplesperpixel == 1:
+        return [values]
+    return list(values if page.planarconfig == SEPARATE_PLANES else np.moveaxis(values, 2, 0))
+
+
+def _tiff_tags(page: Any) -> tuple[dict[int, Any], dict[Any, Any]]:
+    """The tags of a page, and what of them `Image.info` would hold."""
+    tags, exif = {tag.code: tag.value for tag in page.tags}, Image.Exif()
+    exif[ORIENTATION] = tags.get(ORIENTATION, 1)
+    return tags, {"exif": exif.tobytes(), "icc_profile": tags.get(ICC_PROFILE)}
+
+
+def _open_tiff(picture: Path | io.BytesIO, selection: Selection) -> Image.Image | DeepPixels:
+    """A TIFF that Pillow does not read: more bands than colours and alpha, 16-bit planes, rare kinds of grey."""
+    with _tiff_file(picture) as file:
         pages = len(file.pages)
-        number = selection.page if pages > 1 else 0
-        if number >= pages:
-            raise Unreadable(_no_page(number))
-        page = file.pages[number].aspage()
-        if page.imagewidth * page.imagelength > MAX_PICTURE_PIXELS:
-            raise Image.DecompressionBombError
-        count, tags = page.samplesperpixel, {tag.code: tag.value for tag in page.tags}
+        page = _tiff_page(file, selection.page if pages > 1 else 0)
+        count = page.samplesperpixel
         if (page.photometric, count, *page.extrasamples) not in _COLOURS and not (count > 1 and selection.bands):
             raise Unreadable(_choose_bands(count) if count > 1 else f"a TIFF of colours {page.photometric}")
-        if getattr(page.dtype, "kind", "") not in ("u", "i") or page.ndim != min(count, 2) + 1:
-            raise Unreadable(f"pixels of type {page.dtype} and shape {page.shape}, expected integers")
-        if len(page.dataoffsets) < math.prod(page.chunked):  # tifffile would make up millions of strips
-            raise Unreadable("damaged: the file has fewer strips or tiles of pixels than it says")
-        values = page.asarray()
-    if count > 1:
-        planes = list(values if page.planarconfig == SEPARATE_PLANES else np.moveaxis(values, 2, 0))
-        planes = selection.of(planes) if selection.bands else planes
-        values = planes[0] if len(planes) == 1 else np.stack(planes, 2)
-    exif = Image.Exif()
-    exif[ORIENTATION] = tags.get(ORIENTATION, 1)
-    info: dict[Any, Any] = {"exif": exif.tobytes(), "icc_profile": tags.get(ICC_PROFILE)}
+        planes, (tags, info) = _planes(page), _tiff_tags(page)
+    planes = selection.of(planes) if count > 1 and selection.bands else planes
+    values = planes[0] if len(planes) == 1 else np.stack(planes, 2)
     info |= {SELECTED: bool(selection.bands), SEVERAL_PAGES: pages > 1}
     if values.dtype != np.uint8:
         return _deep(values, tags, info)

@@ -29,6 +29,7 @@ from scott_sparse.shapes import Bool, Float, Int, Tensor, UInt8
 OPS = ("brightness", "contrast", "saturation", "hue", "grey", "blur")  # `Views.ops` holds indices of this tuple
 IDLE = len(OPS)
 _, CONTRAST, SATURATION, HUE, GREY, _ = range(IDLE)
+NEED_RGB = (SATURATION, HUE, GREY)
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, to torchvision's digits
 BLUR_RADIUS = 4  # pixels: a 9 x 9 kernel
@@ -169,34 +170,57 @@ def _uniform(shape: Sequence[int], low: float, high: float, *, generator: torch.
 
 
 def make_views(
-    crops: UInt8[Tensor, "B V H W 3"], views: Views, *, size: tuple[int, int]
-) -> tuple[Float[Tensor, "B V 3 h w"], Float[Tensor, "B 3 h w"]]:
+    crops: UInt8[Tensor, "B V H W C"],
+    views: Views,
+    *,
+    size: tuple[int, int],
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> tuple[Float[Tensor, "B V C h w"], Float[Tensor, "B C h w"]]:
     """The context views of all crops and the target view of each image's first crop, normalised; `size` is (h, w).
+
+    What needs red, green and blue (saturation, hue, greyscale) is left out unless there are three channels. `mean` and
+    `std`: of each channel, where values are 0 to 1.
 
     `crops` holds the boxes of `views` as they are in the images (`Images.crop`), padded below and right. Raises
     ValueError if `views` were drawn for another number of images, or for larger boxes.
     """
     if len(crops) != len(views.boxes):
         raise ValueError(f"crops of {len(crops)} images but views of {len(views.boxes)}; slice: views[first:last].")
+    _check_statistics(mean, std, crops.shape[-1])
     B, V = views.flip.shape
     boxes, flip = views.boxes.flatten(0, 1), views.flip.flatten()
     backend, resized = _resize(crops.flatten(0, 1), boxes[:, 2:], flip, size=size)
     ops, amounts = (torch.cat([x[:, :, 0].flatten(0, 1), x[:, 0, 1]]) for x in (views.ops, views.amounts))
+    if crops.shape[-1] != 3:
+        ops = ops.masked_fill(torch.isin(ops, torch.tensor(NEED_RGB)), IDLE)
     images = backend.colour(torch.cat([resized, resized[::V]]), ops=ops, amounts=amounts)
-    context, target = backend.normalise(images).split([B * V, B])
+    context, target = backend.normalise(images, mean, std).split([B * V, B])
     return context.unflatten(0, (B, V)), target
 
 
 def resize(
-    crops: UInt8[Tensor, "B H W 3"], extents: Int[Tensor, "B 2"], flip: Bool[Tensor, " B"], *, size: tuple[int, int]
-) -> Float[Tensor, "B 3 h w"]:
+    crops: UInt8[Tensor, "B H W C"],
+    extents: Int[Tensor, "B 2"],
+    flip: Bool[Tensor, " B"],
+    *,
+    size: tuple[int, int],
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Float[Tensor, "B C h w"]:
     """Views without colour changes: crops resized to `size` = (h, w), mirrored where `flip`, and normalised.
 
     `extents`: (height, width) in pixels of each crop, at the top left of its padding. Raises ValueError if an extent is
     empty or exceeds the padded crops.
     """
+    _check_statistics(mean, std, crops.shape[-1])
     backend, resized = _resize(crops, extents, flip, size=size)
-    return backend.normalise(resized)
+    return backend.normalise(resized, mean, std)
+
+
+def _check_statistics(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
+    if not len(mean) == len(std) == channels:
+        raise ValueError(f"images have {channels} channels; mean and std are of {len(mean)}, {len(std)}.")
 
 
 def _resize(crops: Tensor, extents: Tensor, flip: Tensor, *, size: tuple[int, int]):

@@ -1,16 +1,18 @@
 """Views of a whole batch in a few kernels, for a GPU. They equal those of `views_cpu` except for its rounding."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from scott_sparse.data.views import BLUR_RADIUS, CONTRAST, GREY, IMAGENET_MEAN, IMAGENET_STD, LUMA, SATURATION
+from scott_sparse.data.views import BLUR_RADIUS, CONTRAST, GREY, LUMA, SATURATION
 from scott_sparse.shapes import Bool, Float, Int, Tensor, UInt8
 
 
 def resize(
-    crops: UInt8[Tensor, "B H W 3"], extents: Int[Tensor, "B 2"], flip: Bool[Tensor, " B"], *, size: tuple[int, int]
-) -> Float[Tensor, "B 3 h w"]:
+    crops: UInt8[Tensor, "B H W C"], extents: Int[Tensor, "B 2"], flip: Bool[Tensor, " B"], *, size: tuple[int, int]
+) -> Float[Tensor, "B C h w"]:
     """Resize each crop, (height, width) = `extents` at its top left, to `size` and mirror it where `flip`; in [0, 1].
 
     Resizing and mirroring are linear and separable, and so is their product: one (h, H) and one (w, W) matrix for each
@@ -21,13 +23,15 @@ def resize(
     down = _resampling(height, torch.zeros_like(flip), inputs=crops.shape[1], outputs=size[0])  # (B, h, H)
     across = _resampling(width, flip, inputs=crops.shape[2], outputs=size[1]).div_(255)  # (B, w, W)
     rows = rearrange(crops, "b H W c -> b (c H) W").float() @ across.mT
-    return (down[:, None] @ rearrange(rows, "b (c H) w -> b c H w", c=3)).clamp_(0, 1)
+    return (down[:, None] @ rearrange(rows, "b (c H) w -> b c H w", c=crops.shape[-1])).clamp_(0, 1)
 
 
-def normalise(images: Float[Tensor, "N 3 h w"]) -> Float[Tensor, "N 3 h w"]:
-    """To ImageNet's mean 0 and standard deviation 1, in place."""
-    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).to(images.device, non_blocking=True)[..., None, None]
-    return images.sub_(mean).div_(std)
+def normalise(
+    images: Float[Tensor, "N C h w"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Tensor, "N C h w"]:
+    """Minus `mean` by `std` of each channel, in place."""
+    both = torch.tensor([tuple(mean), tuple(std)]).to(images.device, non_blocking=True)[..., None, None]
+    return images.sub_(both[0]).div_(both[1])
 
 
 def _resampling(
@@ -53,8 +57,8 @@ def _resampling(
 
 
 def colour(
-    images: Float[Tensor, "N 3 h w"], *, ops: Int[Tensor, "N S"], amounts: Float[Tensor, "N S"]
-) -> Float[Tensor, "N 3 h w"]:
+    images: Float[Tensor, "N C h w"], *, ops: Int[Tensor, "N S"], amounts: Float[Tensor, "N S"]
+) -> Float[Tensor, "N C h w"]:
     """Apply colour operations in place; pixels are in [0, 1] before and after, `ops` and `amounts` are as in `Views`.
 
     At each step, each kernel runs once, on the images that need it, so that idle images cost nothing. Brightness,
@@ -83,11 +87,14 @@ def colour(
     return images
 
 
-def _mix(images: Float[Tensor, "N 3 h w"], params: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3 h w"]:
+def _mix(images: Float[Tensor, "N C h w"], params: Float[Tensor, "N 3"]) -> Float[Tensor, "N C h w"]:
     """Brightness, contrast, saturation, greyscale: weighted sums of the image, its grey version and its mean grey."""
     own, grey_share, mean_share = params.T[..., None, None, None]
-    red, green, blue = images.split(1, dim=1)
-    grey = (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])  # (N, 1, h, w)
+    if images.shape[1] == 3:
+        red, green, blue = images.split(1, dim=1)
+        grey = (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])  # (N, 1, h, w)
+    else:
+        grey = images.mean(1, keepdim=True)
     mean = grey.mean(dim=(2, 3), keepdim=True)
     return torch.addcmul(grey.mul_(grey_share).add_(mean * mean_share), images, own).clamp_(0, 1)
 
@@ -111,7 +118,7 @@ def _turn_hue(images: Float[Tensor, "N 3 h w"], params: Float[Tensor, "N 3"]) ->
     return away.sub_(1).clamp_(0, 1).mul_(span.neg_()[:, None]).add_(high[:, None])
 
 
-def _blur(images: Float[Tensor, "N 3 h w"], params: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3 h w"]:
+def _blur(images: Float[Tensor, "N C h w"], params: Float[Tensor, "N 3"]) -> Float[Tensor, "N C h w"]:
     """Gaussian blur with sigma = params[:, 0] pixels, kernel size 9, reflected borders."""
     offset = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=images.device)
     taps = (-((offset / params[:, :1]) ** 2) / 2).softmax(1).T[..., None, None, None]  # (9, N, 1, 1, 1)

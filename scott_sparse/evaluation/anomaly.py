@@ -47,7 +47,7 @@ from scott_sparse.shapes import Bool, Float, Tensor, UInt8
 HELD_OUT = 5  # each fifth good image
 SHOWN = 10  # images
 PATHS = ("good", "test", "masks")
-Scorer = Callable[[Float[Tensor, "B 3 H W"]], Float[Tensor, "B h w"]]
+Scorer = Callable[[Float[Tensor, "B c H W"]], Float[Tensor, "B h w"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +106,8 @@ def run_anomaly(config: AnomalyConfig) -> None:
     encoder.model.to(state.device).eval()
     methods, maps = {}, {}
     for method, scorer in _scorers(config, encoder, rest, state.device):
-        of_good = score_maps(scorer, held_out, encoder.size, state.device, f"{method}, held-out good images")
-        maps[method] = score_maps(scorer, data.test, encoder.size, state.device, f"{method}, test images")
+        of_good = score_maps(scorer, held_out, encoder, state.device, f"{method}, held-out good images")
+        maps[method] = score_maps(scorer, data.test, encoder, state.device, f"{method}, test images")
         threshold = of_good.amax((1, 2)).quantile(config.quantile).item()
         methods[method] = {"threshold": threshold, **results(maps[method], inspection.kinds, masks, threshold)}
     scores = {method: each.amax((1, 2)).tolist() for method, each in maps.items()}
@@ -168,13 +168,18 @@ def nearest_good(
     """Scores patches by the distance to the nearest patch of good images, or of a coreset of `count` of them."""
     batches = track(torch.arange(len(good)).split(BATCH), description="features of good images", transient=True)
     patches = torch.cat(
-        [_patches(encoder, eval_images(good, rows, size=size).to(device)).flatten(0, 2) for rows in batches]
+        [
+            _patches(encoder, eval_images(good, rows, size=size, statistics=encoder.statistics).to(device)).flatten(
+                0, 2
+            )
+            for rows in batches
+        ]
     )
     check_finite(patches)
     if len(patches) > count:
         patches = patches[k_centre(random_projection(patches), count, what="coreset")[0]]
 
-    def score(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w"]:
+    def score(images: Float[Tensor, "B c H W"]) -> Float[Tensor, "B h w"]:
         features = _patches(encoder, images)
         return torch.stack(
             [torch.cdist(of_image.flatten(0, 1), patches).amin(1).view(of_image.shape[:2]) for of_image in features]
@@ -184,7 +189,7 @@ def nearest_good(
 
 
 @torch.inference_mode()
-def _patches(encoder: ImageEncoder, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w C"]:
+def _patches(encoder: ImageEncoder, images: Float[Tensor, "B c H W"]) -> Float[Tensor, "B h w C"]:
     """Features of the last block; of raw pixels all those of a patch."""
     maps = encoder.maps(images)
     return rearrange(maps["patch" if isinstance(encoder, Pixels) else "last"].float(), "b c h w -> b h w c")
@@ -196,7 +201,7 @@ def prediction_error(run: str, span: tuple[int, int] | None, hidings: int, devic
     model, target = model.to(device), load_encoder(run).to(device)
 
     @torch.inference_mode()
-    def score(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w"]:
+    def score(images: Float[Tensor, "B c H W"]) -> Float[Tensor, "B h w"]:
         grid = model.encoder.tokenizer.grid(images)
         targets = target_features(target, images, span)
         total, count = targets.new_zeros(targets.shape[:2]), targets.new_zeros(targets.shape[1])
@@ -222,12 +227,13 @@ def covering_masks(grid: tuple[int, int], *, hidings: int, hide_ratio: float, sh
 
 
 def score_maps(
-    scorer: Scorer, images: Images, size: tuple[int, int], device: torch.device, what: str
+    scorer: Scorer, images: Images, encoder: EncoderUnderTest, device: torch.device, what: str
 ) -> Float[Tensor, "n H W"]:
     """Maps at the size of the images: resized bilinearly and blurred by half a patch, as in PatchCore."""
-    maps = []
+    maps, size, statistics = [], encoder.size, encoder.model.statistics
     for rows in track(torch.arange(len(images)).split(BATCH), description=what, transient=True):
-        patches = scorer(eval_images(images, rows, size=size).to(device)).float()[:, None]
+        views = eval_images(images, rows, size=size, statistics=statistics)
+        patches = scorer(views.to(device)).float()[:, None]
         pixels = F.interpolate(patches, size=size, mode="bilinear", align_corners=False)
         sigma = size[0] / patches.shape[2] / 2
         radius = min(round(3 * sigma), min(size) - 1)

@@ -47,9 +47,17 @@ class Features:
         return self.pooled[:, -1]
 
 
-def eval_images(images: Images, indices: Int[Tensor, " B"], *, size: tuple[int, int]) -> Float[Tensor, "B 3 h w"]:
-    """Evaluation views: the largest centred box of the aspect ratio of `size`, resized to `size`, normalised."""
-    return resize(*(part[:, 0] for part in _Crops.fixed(images, size).read(indices)), size=size)
+def eval_images(
+    images: Images,
+    indices: Int[Tensor, " B"],
+    *,
+    size: tuple[int, int],
+    statistics: dict[str, tuple[float, ...]] | None = None,
+) -> Float[Tensor, "B C h w"]:
+    """Evaluation views: the largest centred box of the aspect ratio of `size`, resized to `size`, normalised by
+    `statistics`, `mean` and `std` of each channel (default: ImageNet's)."""
+    crops, extents, flip = (part[:, 0] for part in _Crops.fixed(images, size).read(indices))
+    return resize(crops, extents, flip, size=size, **(statistics or {}))
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class _Crops(Dataset):
         views = draw_views(images.sizes, CROPS, generator=generator_at("crops of a probe", number))
         return cls(images, views.boxes, views.flip)
 
-    def read(self, indices: Int[Tensor, " B"]) -> tuple[UInt8[Tensor, "B V H W 3"], Tensor, Tensor]:
+    def read(self, indices: Int[Tensor, " B"]) -> tuple[UInt8[Tensor, "B V H W C"], Tensor, Tensor]:
         boxes = self.boxes[indices]
         return self.images.crop(indices, boxes), boxes[..., 2:], self.flip[indices]
 
@@ -109,7 +117,10 @@ def extract(
         batches = range(state.process_index, -(-len(views) // processes) * processes, processes)
         for batch in load(views, batches, workers=workers, pin=device.type == "cuda"):
             by_crop = zip(*(part.unbind(1) for part in batch))
-            of_crops = [encoder(resize(x.to(device, non_blocking=True), *how, size=size)) for x, *how in by_crop]
+            of_crops = []
+            for x, extents, flip in by_crop:
+                crops_on_device = x.to(device, non_blocking=True)
+                of_crops.append(encoder(resize(crops_on_device, extents, flip, size=size, **encoder.statistics)))
             pooled, all_tokens = (torch.stack(tensors, 1) for tensors in zip(*of_crops))
             mean = pooled.float().mean(1)
             gathered = gather((mean, all_tokens.half()) if tokens else (mean,))

@@ -14,10 +14,10 @@ from scott_sparse.data.dataset import open_data, short_side_for
 from scott_sparse.data.images import Images
 from scott_sparse.data.sources import printable
 from scott_sparse.evaluation.coreset import k_centre
-from scott_sparse.evaluation.features import eval_images, extract
+from scott_sparse.evaluation.features import extract
 from scott_sparse.evaluation.metrics import check_finite
 from scott_sparse.evaluation.subject import ProbeConfig, open_encoder
-from scott_sparse.evaluation.visualize import colours_of
+from scott_sparse.evaluation.visualize import pictures_of
 from scott_sparse.files import write_atomically
 from scott_sparse.shapes import Float, Tensor
 
@@ -79,7 +79,7 @@ def _table(images: Images, distances: Float[Tensor, " k"], folder: Path) -> byte
 
 def write_sheet(path: Path, images: Images) -> None:
     """Write a contact sheet as PNG: the images row by row, each with its rank."""
-    views = colours_of(eval_images(images, torch.arange(len(images)), size=(THUMBNAIL, THUMBNAIL)))
+    views = pictures_of(images, size=(THUMBNAIL, THUMBNAIL))
     columns, step = min(len(images), SHEET_COLUMNS), THUMBNAIL + 4
     sheet = Image.new("RGB", (columns * step, -(-len(images) // columns) * step), "white")
     draw = ImageDraw.Draw(sheet)

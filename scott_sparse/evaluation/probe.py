@@ -74,7 +74,8 @@ def load_probe_data(config: ProbeConfig, *, tokens: bool = False, copies: int = 
     if copies and config.crops > 1:
         raise ValueError(f"--copies fits on single random crops, --crops {config.crops} on averages; give only one.")
     state = process_state()
-    encoder, source = open_encoder(config), config.source
+    encoder = open_encoder(config)
+    source = encoder.source(config.source)
     data = open_data(source, short_side=short_side_for(encoder.size))
     train, val, test = data.train, data.val, data.test
     if data.classes is None or train.labels is None:

@@ -158,7 +158,7 @@ def knn_report(
     All processes take part; the numbers are the main process's, others get {}.
     """
     encoders = {
-        "pixels": Pixels(initial.config.patch_size),
+        "pixels": Pixels(initial.config.patch_size, initial.preprocess),
         "init": FrozenEncoder(initial),
         "pretrained": FrozenEncoder(pretrained),
     }

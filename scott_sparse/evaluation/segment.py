@@ -37,7 +37,7 @@ from scott_sparse.evaluation.metrics import PixelScores, check_finite, score_pix
 from scott_sparse.evaluation.probe import roles_of, write_entry
 from scott_sparse.evaluation.report import make_table
 from scott_sparse.evaluation.subject import ProbeConfig, count_pretrained_test_images, open_encoder
-from scott_sparse.evaluation.visualize import colours_of, draw_rows
+from scott_sparse.evaluation.visualize import draw_rows, pictures_of
 from scott_sparse.randomness import generator_at, seed_at
 from scott_sparse.shapes import Float, Int, Tensor, UInt8
 
@@ -127,7 +127,7 @@ def extract_maps(encoder: ImageEncoder, images: Images, *, size: tuple[int, int]
     """Feature maps of the evaluation views of images, in half precision, on the CPU."""
     device, parts = next(iter(encoder.state_dict().values()), torch.empty(0)).device, []
     for rows in track(torch.arange(len(images)).split(BATCH), description=f"features of {what}", transient=True):
-        batch = encoder.maps(eval_images(images, rows, size=size).to(device))
+        batch = encoder.maps(eval_images(images, rows, size=size, statistics=encoder.statistics).to(device))
         parts.append({name: each.half().cpu() for name, each in batch.items()})
     maps = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     for each in maps.values():
@@ -256,7 +256,7 @@ def draw_masks(
     """Write a PNG with a column for some images; rows: images, masks, and what each head predicts, laid over them."""
     some, size = evenly_spaced(len(images), SHOWN), (masks.shape[1], masks.shape[2])
     shown, colours = images[some], torch.from_numpy(palette(len(classes)))
-    photos = colours_of(eval_images(shown, torch.arange(len(shown)), size=size))
+    photos = pictures_of(shown, size=size)
     few = {kind: of_kind[some] for kind, of_kind in maps.items()}
     layers = {"mask": masks[some]}
     layers |= {head: torch.cat([*predict(one, few, size=size, device=device)]) for head, one in heads.items()}

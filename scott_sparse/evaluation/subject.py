@@ -71,6 +71,13 @@ class EncoderUnderTest:
     pretraining: dict | None = None
     """Of a pretrained encoder, if its run folder says it: `data` of summary.json, and `image_size`."""
 
+    def source(self, source: DataConfig) -> DataConfig:
+        """The data that flags name, with the channels of the encoder. Raises ValueError where flags ask for others."""
+        channels = len(self.model.statistics["mean"])
+        if source.channels not in (None, channels):
+            raise ValueError(f"--channels {source.channels}: {self.run} takes {channels}; leave the flag out.")
+        return dataclasses.replace(source, channels=channels)
+
 
 def run_script(config_type: type[Config], main: Callable[[Config], None]) -> None:
     """Parse the command line into `config_type` and call `main` with it; a user's mistake ends in one line."""
@@ -107,12 +114,13 @@ def open_encoder(config: ProbeConfig) -> EncoderUnderTest:
     p = encoder.config.patch_size
     span = None if trained in (None, size) else (trained[0] // p, trained[1] // p)
     if config.init == "pixels":
-        return EncoderUnderTest("pixels", config.run, Pixels(p), size, out)
+        return EncoderUnderTest("pixels", config.run, Pixels(p, encoder.preprocess), size, out)
     if config.init == "random":
         if "seed" not in recipe:
             raise ValueError(f"{config.run} has no recipe.json with the seed of its initial weights.")
         torch.manual_seed(recipe["seed"])  # as in train/pretrain.py, where the encoder is made first
         initial = Encoder(read_config(folder / CONFIG))
+        initial.preprocess = encoder.preprocess
         return EncoderUnderTest("random", config.run, FrozenEncoder(initial, span), size, out)
     pretraining = None
     if "data" in summary and "image_size" in recipe:

@@ -26,7 +26,6 @@ from PIL import Image
 
 from scott_sparse.data.images import Images
 from scott_sparse.data.sources import printable
-from scott_sparse.data.views import IMAGENET_MEAN, IMAGENET_STD
 from scott_sparse.evaluation.encoders import FrozenEncoder
 from scott_sparse.evaluation.features import eval_images
 from scott_sparse.shapes import Bool, Float, Tensor
@@ -55,8 +54,8 @@ def default_stride(size: tuple[int, int], patch_size: int) -> int:
 
 @torch.inference_mode()
 def on_fine_grid(
-    features: Callable[[Float[Tensor, "B 3 H W"]], Float[Tensor, "B N C"]],
-    images: Float[Tensor, "B 3 H W"],
+    features: Callable[[Float[Tensor, "B c H W"]], Float[Tensor, "B N C"]],
+    images: Float[Tensor, "B c H W"],
     *,
     patch_size: int,
     stride: int,
@@ -81,14 +80,14 @@ def on_fine_grid(
 
 
 def tokens_of(
-    encoder: FrozenEncoder, images: Float[Tensor, "B 3 H W"], *, stride: int | None = None
+    encoder: FrozenEncoder, images: Float[Tensor, "B C H W"], *, stride: int | None = None
 ) -> Float[Tensor, "B h w D"]:
     """Tokens of the last block on a fine grid."""
     return _features(encoder, lambda view: encoder(view)[1], images, stride)
 
 
 def attention_of(
-    encoder: FrozenEncoder, images: Float[Tensor, "B 3 H W"], *, stride: int | None = None
+    encoder: FrozenEncoder, images: Float[Tensor, "B C H W"], *, stride: int | None = None
 ) -> Float[Tensor, "B h w heads"]:
     """How much attention each patch receives in the last block, averaged over all patches that attend, by head.
 
@@ -169,8 +168,9 @@ def draw_tokens(
 
     `size`: (height, width) of the images in pixels; `stride`: pixels between tokens. Returns the tokens by encoder.
     """
-    views = eval_images(images, torch.arange(len(images)), size=size)
-    tokens = {name: tokens_of(encoder, views, stride=stride) for name, encoder in encoders.items()}
+    tokens = {
+        name: tokens_of(encoder, _views(images, encoder, size), stride=stride) for name, encoder in encoders.items()
+    }
     rows = []
     for name, each in tokens.items():
         inside = foreground(each)
@@ -178,6 +178,10 @@ def draw_tokens(
         rows.append((f"{name},\nforeground", principal_colours(each, inside)))
     draw_rows(path, images, rows, size, titles)
     return tokens
+
+
+def _views(images: Images, encoder: FrozenEncoder, size: tuple[int, int]) -> Float[Tensor, "B C h w"]:
+    return eval_images(images, torch.arange(len(images)), size=size, statistics=encoder.statistics)
 
 
 def draw_attention(
@@ -190,8 +194,7 @@ def draw_attention(
     titles: Sequence[str] | None = None,
 ) -> None:
     """As `draw_tokens`, with a row for each head of the last block (`attention_of`); each map in its own scale."""
-    views = eval_images(images, torch.arange(len(images)), size=size)
-    heads = attention_of(encoder, views, stride=stride).unbind(-1)
+    heads = attention_of(encoder, _views(images, encoder, size), stride=stride).unbind(-1)
     rows = [(f"head {i}", head / head.amax((1, 2), keepdim=True)) for i, head in enumerate(heads, 1)]
     draw_rows(path, images, rows, size, titles)
 
@@ -214,10 +217,23 @@ def draw_similarity(
     draw_rows(path, images, rows, size, titles, points)
 
 
-def colours_of(views: Float[Tensor, "*B 3 H W"]) -> Float[Tensor, "*B H W 3"]:
-    """From normalised images to colours in [0, 1]."""
-    colours = views * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
-    return rearrange(colours.clamp(0, 1), "... c H W -> ... H W c")
+def pictures_of(images: Images, *, size: tuple[int, int]) -> Float[Tensor, "B H W 3"]:
+    """The centre crop of each image in colours."""
+    return colours_of(eval_images(images, torch.arange(len(images)), size=size, statistics=unscaled(images.channels)))
+
+
+def unscaled(channels: int) -> dict[str, tuple[float, ...]]:
+    """The statistics by which views keep values from 0 to 1."""
+    return {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+
+
+def colours_of(views: Float[Tensor, "*B C H W"]) -> Float[Tensor, "*B H W 3"]:
+    """Colours of views with values from 0 to 1.
+
+    Of other than three channels the first three bands are shown, of two the second twice, one as grey.
+    """
+    bands = views[..., [min(band, views.shape[-3] - 1) for band in range(3)], :, :]
+    return rearrange(bands.clamp(0, 1), "... c H W -> ... H W c")
 
 
 def draw_rows(
@@ -234,8 +250,7 @@ def draw_rows(
     A row's pictures are colours, or maps with values in [0, 1], for an image of `size`. `legend`: colours by name.
     """
     height, width = size
-    views = eval_images(images, torch.arange(len(images)), size=(2 * height, 2 * width))  # sharper than the maps
-    rows = [("image", colours_of(views)), *rows]
+    rows = [("image", pictures_of(images, size=(2 * height, 2 * width))), *rows]  # sharper than the maps
     layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
     figsize = 1.3 * len(images) + 0.3, 1.33 * height / width * len(rows) + 0.35
     figure = Figure(figsize=figsize, dpi=90, layout=layout)

@@ -36,8 +36,8 @@ def fixed_crops(
 
 
 def cut_crops(
-    images: Float[Tensor, "B 3 H W"], *, size: tuple[int, int], crops: int = 1
-) -> Iterator[Float[Tensor, "B 3 h w"]]:
+    images: Float[Tensor, "B C H W"], *, size: tuple[int, int], crops: int = 1
+) -> Iterator[Float[Tensor, "B C h w"]]:
     """The fixed crops of a batch of images, one after the other, resized to `size` = (h, w)."""
     boxes, mirrored = fixed_crops(torch.tensor([images.shape[2:]]), size=size, crops=crops)
     for (top, left, height, width), mirror in zip(boxes[0].tolist(), mirrored.tolist()):

@@ -146,7 +146,7 @@ class MIMJEPA(nn.Module):
 
     def forward(
         self,
-        images: Float[Tensor, "B V 3 H W"],
+        images: Float[Tensor, "B V C H W"],
         visible: Bool[Tensor, "B V N"],
         targets: Float[Tensor, "B N D"] | None = None,
         projections: Float[Tensor, "E M"] | None = None,
@@ -165,13 +165,19 @@ class MIMJEPA(nn.Module):
         for micro-batch `number`, its cross-crop term is that of the whole batch, and the mean over the A calls has the
         gradient of the whole batch (see `insert_live`).
         """
+        if images.ndim != 5 or visible.shape[:2] != images.shape[:2]:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}, visible {tuple(visible.shape)}; expected (B, V, C, H, W) "
+                "and (B, V, N): with one crop of each image, give images[:, None] and visible[:, None]."
+            )
         crops, seen = images.flatten(0, 1), visible.flatten(0, 1)
         features = self.context_features(crops, seen)
         if pooled_only:
             return {"pooled": self.pooled(features, seen)}
         losses = {}
         if self.predictor is not None:
-            assert targets is not None, "MIM-JEPA needs targets"
+            if targets is None:
+                raise ValueError("targets are missing; MIM-JEPA predicts target_features(target, images).")
             first = features.unflatten(0, visible.shape[:2])[:, 0]
             context = self.insert_mask_tokens(first, visible[:, 0])
             predictions = self.predictor(context, self.encoder.tokenizer.grid(crops))
@@ -202,12 +208,13 @@ class MIMJEPA(nn.Module):
         """The terms of one group of crops."""
         if self.objective.cross_crop_loss == "ntxent":
             return {"ntxent": nt_xent(embeddings, temperature=self.objective.temperature)}
-        assert projections is not None, "SIGReg needs projections"
+        if projections is None:
+            raise ValueError("projections are missing; SIGReg needs those of draw_projections.")
         normality = torch.stack([sigreg(view, projections) for view in embeddings]).mean()
         return {"invariance": invariance(embeddings), "sigreg": normality}
 
     def context_features(
-        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"], span: tuple[int, int] | None = None
+        self, images: Float[Tensor, "B C H W"], visible: Bool[Tensor, "B N"], span: tuple[int, int] | None = None
     ) -> Float[Tensor, "B n D"]:
         """Features of all N patches, with mask tokens where hidden (context "all"), or of the n visible ones only.
 
@@ -217,7 +224,7 @@ class MIMJEPA(nn.Module):
         return encode(images, visible, count=self.count, span=span)
 
     def predict_hidden(
-        self, images: Float[Tensor, "B 3 H W"], visible: Bool[Tensor, "B N"], span: tuple[int, int] | None = None
+        self, images: Float[Tensor, "B C H W"], visible: Bool[Tensor, "B N"], span: tuple[int, int] | None = None
     ) -> Float[Tensor, "B N D"]:
         """The predictor's features of all patches, from the visible ones; it was trained on the hidden ones alone."""
         assert self.predictor is not None
@@ -261,7 +268,7 @@ def make_target(encoder: Encoder) -> Encoder:
 
 @torch.no_grad()
 def target_features(
-    target: Encoder, images: Float[Tensor, "B 3 H W"], span: tuple[int, int] | None = None
+    target: Encoder, images: Float[Tensor, "B C H W"], span: tuple[int, int] | None = None
 ) -> Float[Tensor, "B N D"]:
     """What is predicted: the target's features of whole images, after a LayerNorm without affine parameters."""
     return layer_norm(target(images, span=span).float())

@@ -14,6 +14,8 @@ import torch
 
 from scott_sparse.shapes import Bool, Tensor
 
+__all__ = ["draw_visible", "visible_count"]
+
 MIN_BLOCK_AREA = 16
 ASPECT_RANGE = (0.3, 1 / 0.3)
 MAX_ROUNDS = 64

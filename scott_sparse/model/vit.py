@@ -30,6 +30,9 @@ SIZES = {  # name: (width D, layers, heads)
 }
 
 
+MAXIMA = {"dim": 16384, "depth": 256, "heads": 256, "patch_size": 1024, "in_channels": 1024, "stem_width": 16384}
+
+
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
     """The architecture of an encoder; saved as JSON beside its weights. Raises ValueError for values out of range.
@@ -50,9 +53,10 @@ class EncoderConfig:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     drop_path: float = 0.0
+    in_channels: int = 3
 
     def __post_init__(self):
-        for name, most in (("dim", 16384), ("depth", 256), ("heads", 256), ("patch_size", 1024), ("stem_width", 16384)):
+        for name, most in MAXIMA.items():
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} {getattr(self, name)} is outside 1 to {most}.")
         if not 0 <= self.registers <= 1024:
@@ -82,11 +86,11 @@ class EncoderConfig:
 
 
 class Encoder(nn.Module):
-    """Tokenizer and Transformer: images (B, 3, H, W) to features (B, N, D), for any grid.
+    """Tokenizer and Transformer: images (B, C, H, W) to features (B, N, D), for any grid.
 
-    Images are normalised as in training: `preprocess` does that. Pixels from 0 to 1 give features without an error,
-    but far worse ones. After `.half()` or `.bfloat16()` images of any precision are taken, and features have that of
-    the weights.
+    C is `config.in_channels`. Images are normalised as in training: `preprocess` does that. Pixels from 0 to 1 give
+    features without an error, but far worse ones. After `.half()` or `.bfloat16()` images of any precision are taken,
+    and features have that of the weights.
     """
 
     preprocess: Preprocess | None = None
@@ -96,7 +100,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer = TOKENIZERS[config.tokenizer](
-            config.dim, patch_size=config.patch_size, stem_width=config.stem_width, engine=engine
+            config.dim,
+            patch_size=config.patch_size,
+            in_channels=config.in_channels,
+            stem_width=config.stem_width,
+            engine=engine,
         )
         self.transformer = Transformer(config)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.dim))
@@ -104,7 +112,7 @@ class Encoder(nn.Module):
 
     def forward(
         self,
-        images: Float[Tensor, "B 3 H W"],
+        images: Float[Tensor, "B C H W"],
         visible: Bool[Tensor, "B N"] | None = None,
         *,
         count: int | None = None,
@@ -122,7 +130,7 @@ class Encoder(nn.Module):
         return self.transformer(tokens, positions(self.tokenizer.grid(images), tokens, span))
 
     def pooled(
-        self, images: Float[Tensor, "B 3 H W"], *, size: tuple[int, int] | None = None, crops: int = 1
+        self, images: Float[Tensor, "B C H W"], *, size: tuple[int, int] | None = None, crops: int = 1
     ) -> Float[Tensor, "B D"]:
         """One vector for each image, as the probes see it: the mean token of the last block after a LayerNorm.
 
@@ -133,14 +141,14 @@ class Encoder(nn.Module):
         return torch.stack([layer_norm(self(view).float()).mean(1) for view in views]).mean(0)
 
     def last_blocks(
-        self, images: Float[Tensor, "B 3 H W"], count: int, span: tuple[int, int] | None = None
+        self, images: Float[Tensor, "B C H W"], count: int, span: tuple[int, int] | None = None
     ) -> list[Float[Tensor, "B N D"]]:
         """Features of whole images after each of the last `count` blocks, in the order of the blocks."""
         tokens = self.tokenizer(images)
         return self.transformer.last_blocks(tokens, positions(self.tokenizer.grid(images), tokens, span), count)
 
     def last_attention(
-        self, images: Float[Tensor, "B 3 H W"], span: tuple[int, int] | None = None
+        self, images: Float[Tensor, "B C H W"], span: tuple[int, int] | None = None
     ) -> Float[Tensor, "B heads N N"]:
         """Attention weights of the last block from each patch to each patch; registers are left out."""
         last, inputs = self.transformer.blocks[-1], []
@@ -152,7 +160,7 @@ class Encoder(nn.Module):
 
     def forward_visible(
         self,
-        images: Float[Tensor, "B 3 H W"],
+        images: Float[Tensor, "B C H W"],
         visible: Bool[Tensor, "B N"],
         *,
         count: int | None = None,
@@ -177,6 +185,7 @@ class Predictor(nn.Module):
     def forward(
         self, features: Float[Tensor, "B N D"], grid: tuple[int, int], span: tuple[int, int] | None = None
     ) -> Float[Tensor, "B N D"]:
+        """Predicted target features of all N = h * w patches of a `grid` (h, w); hidden ones come as mask tokens."""
         return self.head(self.transformer(features, positions(grid, features, span)))
 
 

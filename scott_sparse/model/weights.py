@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import get_type_hints
 
 import torch
-from safetensors.torch import save
 
-from scott_sparse.files import load_strictly, read_json, write_atomically, write_json
+from scott_sparse.files import load_strictly, read_json, tensors_to_bytes, write_atomically, write_json
 from scott_sparse.model.jepa import MIMJEPA, ObjectiveConfig
 from scott_sparse.model.preprocess import Preprocess
 from scott_sparse.model.vit import Encoder, EncoderConfig
@@ -48,8 +47,7 @@ def save_encoder(
     """
     preprocess = preprocess or encoder.preprocess
     folder = Path(folder)
-    state = save({name: tensor.contiguous() for name, tensor in encoder.state_dict().items()})
-    write_atomically(folder / WEIGHTS[weights], state)
+    write_atomically(folder / WEIGHTS[weights], tensors_to_bytes(encoder.state_dict()))
     entry = {"preprocess": preprocess.to_json()} if preprocess else {}
     write_json(folder / CONFIG, {**dataclasses.asdict(encoder.config), **entry})
 
@@ -77,6 +75,9 @@ def load_encoder(source: str | Path, *, weights: str = "target", engine: str = "
             encoder.preprocess = Preprocess.from_json(entry)
         except ValueError as error:
             raise ValueError(f"{folder / CONFIG}: {error}") from None
+        if len(encoder.preprocess.mean) != config.in_channels:
+            given = f"mean and std of {len(encoder.preprocess.mean)} channels"
+            raise ValueError(f"{folder / CONFIG}: preprocess has {given}, expected in_channels {config.in_channels}.")
     return encoder.eval()
 
 
@@ -85,7 +86,7 @@ def save_predictor(
 ) -> None:
     """Write the state of a predictor and how it was trained, beside its context encoder."""
     folder = Path(folder)
-    write_atomically(folder / PREDICTOR, save({name: tensor.contiguous() for name, tensor in state.items()}))
+    write_atomically(folder / PREDICTOR, tensors_to_bytes(state))
     trained = {"depth": objective.predictor_depth, "context": objective.context}
     write_json(folder / PREDICTOR_CONFIG, {**trained, "hide_ratio": hide_ratio, "mask_shape": mask_shape})
 

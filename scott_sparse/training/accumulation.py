@@ -24,7 +24,7 @@ def seed_dropout(seed: int, step: int, process: int, number: int) -> None:
 @torch.no_grad()
 def cache_pooled(
     model: nn.Module,
-    micro_batches: Iterable[tuple[Float[Tensor, "B V 3 H W"], Bool[Tensor, "B V N"]]],
+    micro_batches: Iterable[tuple[Float[Tensor, "B V C H W"], Bool[Tensor, "B V N"]]],
     accelerator,
     *,
     seed: int,

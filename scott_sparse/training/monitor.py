@@ -115,7 +115,7 @@ class OnlineReport:
         bank = extract(model, self.bank, size=size)
         knn, knn_pixels = self.knn(model, bank), None
         if self.is_first and self.queries is not None:
-            pixels = Pixels(self.run.recipe.patch_size)
+            pixels = Pixels(self.run.recipe.patch_size, self.target.preprocess)
             knn_pixels = self.knn(pixels, extract(pixels, self.bank, size=size))
         viewed = extract(model, self.viewed, size=size, copies=LIDAR_VIEWS - 1, tokens=True)
         loss = None

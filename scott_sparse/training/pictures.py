@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from matplotlib import colormaps
 from PIL import Image
 
@@ -31,8 +32,10 @@ from scott_sparse.evaluation.visualize import (
     draw_tokens,
     foreground,
     form_of_run,
+    pictures_of,
     principal_colours,
     titles_of,
+    unscaled,
 )
 from scott_sparse.files import load_strictly, read_json, write_atomically
 from scott_sparse.model.vit import Encoder
@@ -42,6 +45,7 @@ from scott_sparse.shapes import Float, Int, Tensor
 from scott_sparse.training.checkpoint import newest_valid, step_of
 from scott_sparse.training.recipe import Recipe
 from scott_sparse.training.resume import CHECKPOINTS, PICTURES, RECIPE, TOKENS
+from scott_sparse.training.run import preprocess_of
 
 FIGURE_IMAGES = 8  # of tokens and attention
 VIEWED_IMAGES, QUERIES, NEIGHBOURS, PAIRS = 6, 12, 5, 8
@@ -73,7 +77,7 @@ def draw_views(out: Path, recipe: Recipe, data: Data) -> None:
         processes=max(recipe.batch_size // VIEWED_IMAGES, 1),  # the first of them has the images that are shown
     )
     batch = batches[0][0]
-    context, target = make_views(batch.crops, batch.views, size=recipe.sides)
+    context, target = make_views(batch.crops, batch.views, size=recipe.sides, **unscaled(images.channels))
     scale = torch.ones(patch, patch)
     visible = torch.kron(batch.visible.unflatten(-1, (h, w)).float(), scale)[..., None].bool()  # B V H W 1
     crops = colours_of(context)
@@ -83,7 +87,9 @@ def draw_views(out: Path, recipe: Recipe, data: Data) -> None:
     rows = batch_indices(0, images=len(images), batch=recipe.batch_size, seed=recipe.seed)[:VIEWED_IMAGES]
     few, strips = images[rows], []
     for i, title in enumerate(titles_of(few, data.classes)):
-        cells = [("image", data_uri(torch.tensor(few.read(int(few.rows[i]))) / 255))]
+        cells = [
+            ("image", data_uri(colours_of(rearrange(torch.tensor(few.read(int(few.rows[i]))) / 255, "H W c -> c H W"))))
+        ]
         if recipe.objective.mim_weight:
             cells.append(("target", data_uri(colours_of(target[i]))))
         strips.append(Strip(title, [*cells, *zip(labels, map(data_uri, crops[i]))]))
@@ -117,7 +123,8 @@ def draw_learned(
             maps[label] = [data_uri(picture, lossless=True) for picture in colours]
     _write(out, "tokens", _columns(titles, maps), note)
 
-    views = eval_images(few, torch.arange(len(few)), size=size)
+    statistics = on_grid["pretrained"].statistics
+    views = eval_images(few, torch.arange(len(few)), size=size, statistics=statistics)
     maps = {"image": pictures}
     for number, head in enumerate(attention_of(on_grid["pretrained"], views, stride=stride).unbind(-1), 1):
         highest = head.flatten(1).quantile(0.98, dim=1)[:, None, None]  # the maximum may be that of a single patch
@@ -177,8 +184,10 @@ def draw_again(out: Path, *, data: str | None = None, every: bool = False) -> No
     if checkpoint:
         pretrained = Encoder(recipe.encoder)
         load_strictly(pretrained, checkpoint / "target.safetensors")
+        pretrained.preprocess = preprocess_of(recipe, images.pretrain)
     else:
         pretrained = load_encoder(out)
+    untrained.preprocess = pretrained.preprocess
     features = extract(FrozenEncoder(pretrained), bank_of(images), size=recipe.sides)
     assert features is not None  # there is one process
     note = f"By the checkpoint after step {step_of(checkpoint):,}." if checkpoint else ""
@@ -206,10 +215,7 @@ def data_uri(picture: Float[Tensor, "H W C"], *, lossless: bool = False) -> str:
 def _thumbnails(images: Images, recipe: Recipe) -> list[str]:
     """The centre crop of each image, which evaluations see, in full size."""
     height, width = (max(round(side * MAX_SIDE / max(recipe.sides)), 1) for side in recipe.sides)
-    return [
-        data_uri(picture)
-        for picture in colours_of(eval_images(images, torch.arange(len(images)), size=(height, width)))
-    ]
+    return [data_uri(picture) for picture in pictures_of(images, size=(height, width))]
 
 
 def _columns(titles: Sequence[str], maps: Mapping[str, Sequence[str]]) -> list[Strip]:

@@ -219,7 +219,9 @@ def rehearse(run: Run, train: Train) -> Plan:
     every = zip(*gather_object([(seconds, report_seconds, batch_seconds)]))
     seconds, report_seconds, batch_seconds = map(max, every)  # of the slowest process
     is_mapped = device.type == "cpu" and isinstance(pretrain.read, MappedPixels)
-    mapped = 3 * int(pretrain.sizes.prod(1).sum()) // MIB if is_mapped else 0  # pages of the file, as they are used
+    mapped = (
+        pretrain.channels * int(pretrain.sizes.prod(1).sum()) // MIB if is_mapped else 0
+    )  # pages of the file, as they are used
     return Plan(run, report, seconds, report_seconds, batch_seconds, peaks[whole] + mapped)
 
 

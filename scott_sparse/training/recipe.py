@@ -43,6 +43,11 @@ class Recipe:
     """Depth and width of the encoder: demo, tiny, small, paper, base or large."""
     patch_size: int = 16
     """Side of a patch, which becomes one token, in pixels."""
+    mean: Annotated[tuple[float, ...], ADVANCED] = ()
+    """Mean of each channel, by which images are normalised, where values are 0 to 1. Default: ImageNet's for RGB, that
+    of the images to pretrain on for other --channels."""
+    std: Annotated[tuple[float, ...], ADVANCED] = ()
+    """Standard deviation of each channel, as --mean."""
     tokenizer: Annotated[str, ADVANCED] = "scott"
     """scott: the sparse convolutional stem. patch: one linear layer per patch, as in a plain ViT."""
     stem_width: Annotated[int, ADVANCED] = 64
@@ -154,6 +159,9 @@ class Recipe:
             raise ValueError(f"ema_momentum {self.ema_momentum} must lie in [0, 1].")
         check_engine(self.engine)
         self.encoder  # noqa: B018 - validates size, tokenizer and rates
+        given, channels = (len(self.mean), len(self.std)), self.source.selection.channels
+        if given not in ((0, 0), (channels, channels)) or min(self.std, default=1) <= 0:
+            raise ValueError(f"--mean and --std need {channels} values each (--channels), std above 0, got {given}.")
         visible_count(self.grid[0] * self.grid[1], self.hide_ratio)
         coloured, plain = self.views.crops - self.views.plain_crops, self.views.plain_crops
         if self.objective.cross_crop_weight and (coloured < 2 or plain == 1):
@@ -206,7 +214,8 @@ class Recipe:
     def encoder(self) -> EncoderConfig:
         fields = ("tokenizer", "patch_size", "stem_width", "ffn", "registers")
         rates = ("dropout", "attention_dropout", "drop_path")
-        return EncoderConfig.named(self.size, **{name: getattr(self, name) for name in (*fields, *rates)})
+        values = {name: getattr(self, name) for name in (*fields, *rates)}
+        return EncoderConfig.named(self.size, in_channels=self.source.selection.channels, **values)
 
     def model(self, *, engine: str | None = None) -> MIMJEPA:
         """The model with new weights, from torch's global generator. `engine` None: that of the recipe."""

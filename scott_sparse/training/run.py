@@ -21,7 +21,7 @@ from rich.console import Console
 
 from scott_sparse.data.batches import Batch, Batches, default_workers, load
 from scott_sparse.data.dataset import Data, open_data, short_side_for
-from scott_sparse.data.images import Images
+from scott_sparse.data.images import Images, channel_statistics
 from scott_sparse.distributed import full_state_dict, main_then_broadcast, on_all_processes, process_state
 from scott_sparse.files import write_json
 from scott_sparse.model.jepa import MIMJEPA, make_target
@@ -133,8 +133,8 @@ class Run:
         predictor = full_state_dict(trained.predictor) if trained.predictor is not None else None
 
         def save() -> None:
-            save_encoder(target, self.out, preprocess=Preprocess(recipe.sides))
-            save_encoder(context, self.out, weights="context", preprocess=Preprocess(recipe.sides))
+            save_encoder(target, self.out)
+            save_encoder(context, self.out, weights="context")
             if predictor is not None:
                 save_predictor(
                     predictor,
@@ -208,7 +208,15 @@ def prepare_run(name: str, recipe: Recipe) -> Run:
         torch.use_deterministic_algorithms(True)
     set_seed(recipe.seed)
     model = recipe.model()
+    model.encoder.preprocess = preprocess_of(recipe, data.pretrain)
     return Run(name, recipe, out, accelerator, data, model, engine, console, None, FileLock(out / ".lock"), started)
+
+
+def preprocess_of(recipe: Recipe, images: Images) -> Preprocess:
+    """Image size and normalisation: as the flags say, or ImageNet's for RGB, else that of the images."""
+    if recipe.mean:
+        return Preprocess(recipe.sides, recipe.mean, recipe.std)
+    return Preprocess(recipe.sides, **({} if images.channels == 3 else channel_statistics(images)))
 
 
 def open_run(run: Run) -> Run:

@@ -104,7 +104,7 @@ def test_active_sites_never_grow():
     assert torch.equal(x.dense(), images * pixel_mask(visible, grid, 16))
     side = 16
     for kernel in tokenizer.kernels:
-        for layer in (lambda x, kernel=kernel: layers.conv(x, kernel), layers.pool):
+        for layer in (lambda x, kernel=kernel: layers.conv(x, kernel, stride=2, padding=3), layers.pool):
             x, side = layer(x), side // 2
             expected = pixel_mask(visible, grid, side)[:, 0]
             occupied = torch.zeros_like(expected)

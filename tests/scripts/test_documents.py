@@ -3,6 +3,9 @@
 import dataclasses
 import re
 import shlex
+import subprocess
+import sys
+from html.parser import HTMLParser
 
 import anomaly
 import attentive
@@ -14,6 +17,7 @@ import segment
 import tyro
 from conftest import ROOT
 
+import scott_sparse
 from scott_sparse import Encoder, EncoderConfig, save_encoder
 from scott_sparse.evaluation.subject import ProbeConfig
 from scott_sparse.model.preprocess import Preprocess
@@ -53,7 +57,7 @@ def test_snippets_run(snippet, tmp_path):
 
 
 def test_there_are_snippets_and_commands():
-    assert len(SNIPPETS) == 2 and len(COMMANDS) >= 2
+    assert len(SNIPPETS) >= 5 and len(COMMANDS) >= 2
 
 
 def test_the_rooms_exist_and_are_all_named():
@@ -84,3 +88,38 @@ def test_no_markdown_link_is_dead():
     for page, text in PAGES.items():
         for target in re.findall(r"\]\(((?!http)[^)]+)\)", text):
             assert (page.parent / target).exists(), (page.name, target)
+
+
+class Page(HTMLParser):
+    """The links of a page, and the places in it that can be linked to."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.places = set(), {""}
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.places.add(attributes.get("id", ""))
+        self.links |= {attributes[name] for name in ("href", "src") if attributes.get(name)}
+
+
+@pytest.mark.slow
+def test_reference_has_all_public_names_and_no_dead_link(tmp_path):
+    pytest.importorskip("pdoc")
+    arguments = re.search(r"\$\(BIN\)/python (.*-m pdoc .*) site\n", (ROOT / "Makefile").read_text())[1]
+    subprocess.run([sys.executable, *shlex.split(arguments), str(tmp_path)], check=True, capture_output=True, cwd=ROOT)
+    pages = {path.relative_to(tmp_path).as_posix(): Page(path) for path in tmp_path.rglob("*.html")}
+    assert set(scott_sparse.__all__) - {"engines", "masks", "stages"} <= pages["scott_sparse.html"].places
+    assert {"scott_sparse/model/masks.html", "scott_sparse/model/engines.html"} <= pages.keys()
+    for name, page in pages.items():
+        for link in page.links:
+            if not link.startswith(("http:", "https:", "data:")):
+                target, _, place = link.partition("#")
+                path = (tmp_path / name).parent / target if target else tmp_path / name
+                assert path.exists(), (name, link)
+                if path.suffix == ".html":
+                    assert place in pages[path.resolve().relative_to(tmp_path.resolve()).as_posix()].places, (
+                        name,
+                        link,
+                    )

@@ -16,7 +16,7 @@ from scott_sparse import MIMJEPA, Encoder, ObjectiveConfig, draw_visible, save_e
 from scott_sparse.data import views_gpu
 from scott_sparse.data.views import ViewConfig, draw_views
 from scott_sparse.model.jepa import make_target, target_features, update_target
-from scott_sparse.model.preprocess import Preprocess
+from scott_sparse.model.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
 NOT_INSTALLED = """
 import importlib.abc, importlib.machinery, importlib.metadata, runpy, sys
@@ -132,7 +132,7 @@ def test_nothing_on_the_device_is_float64():
     with NoFloat64():
         images = views_gpu.resize(pixels, views.boxes[..., 2:].flatten(0, 1), views.flip.flatten(), size=size)
         ops, amounts = (x[:, :, 0].flatten(0, 1) for x in (views.ops, views.amounts))
-        images = views_gpu.normalise(views_gpu.colour(images, ops=ops, amounts=amounts))
+        images = views_gpu.normalise(views_gpu.colour(images, ops=ops, amounts=amounts), IMAGENET_MEAN, IMAGENET_STD)
         images = images.unflatten(0, (4, crops))
         targets = target_features(target, images[:, 0])
         model(images, visible, targets)["loss"].backward()

@@ -4,7 +4,8 @@ A new engine is one file with a class that has the methods of `Engine`, and one 
 not work everywhere also has `failure(device)`, which gives the reason or None.
 """
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -14,22 +15,31 @@ from scott_sparse.model.engines.spconv import SpConv
 from scott_sparse.model.sites import ActiveSites
 from scott_sparse.shapes import Float, Tensor
 
+__all__ = ["ENGINES", "ActiveSites", "Engine", "choose_engine"]
 
+
+@runtime_checkable
 class Engine(Protocol):
-    """The layers of the stem for the active sites of one batch, on a representation `x` of the engine's own."""
+    """The layers of a stem (see `stages`) for the active sites of one batch, on a representation `x` of its own."""
 
     def __init__(self, active: ActiveSites): ...
 
-    def enter(self, images: Float[Tensor, "B 3 H W"]) -> Any:
+    def enter(self, images: Float[Tensor, "B C H W"]) -> Any:
         """The visible pixels as `x`."""
 
-    def conv(self, x: Any, kernel: Float[Tensor, "K C 7 7"]) -> Any:
-        """At the active sites: `F.conv2d(zero-filled map, kernel, stride=2, padding=3)`."""
-
-    def relu(self, x: Any) -> Any: ...
+    def conv(
+        self, x: Any, kernel: Float[Tensor, "K C k k"], bias: Float[Tensor, " K"] | None, *, stride: int, padding: int
+    ) -> Any:
+        """At the active sites: `F.conv2d(zero-filled map, kernel, bias, stride, padding)`."""
 
     def pool(self, x: Any) -> Any:
         """At the active sites: `dense.max_blur_pool(zero-filled map)`."""
+
+    def elementwise(self, x: Any, function: Callable[[Tensor], Tensor]) -> Any:
+        """A function of each value by itself that keeps zeros."""
+
+    def rows(self, x: Any, function: Callable[[Tensor], Tensor]) -> Any:
+        """A function from (n, C) to (n, C), one row for each of the n active sites, in packed order."""
 
     def leave(self, x: Any) -> Float[Tensor, "S D"]:
         """The tokens, from one site per patch."""

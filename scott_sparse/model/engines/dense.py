@@ -3,11 +3,13 @@
 It is also the path where everything is visible (`active` is None).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-from scott_sparse.model.sites import PADDING, ActiveSites
+from scott_sparse.model.sites import ActiveSites
 from scott_sparse.shapes import Float, Tensor
 
 
@@ -17,24 +19,40 @@ class Dense:
     def __init__(self, active: ActiveSites | None):
         self.active = active
 
-    def enter(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+    def enter(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         return mask_pixels(images, self.active).contiguous(memory_format=torch.channels_last)
 
-    def conv(self, x: Float[Tensor, "B C H W"], kernel: Float[Tensor, "K C 7 7"]) -> Float[Tensor, "B K h w"]:
+    def conv(
+        self,
+        x: Float[Tensor, "B C H W"],
+        kernel: Float[Tensor, "K C k k"],
+        bias: Float[Tensor, " K"] | None = None,
+        *,
+        stride: int,
+        padding: int,
+    ) -> Float[Tensor, "B K h w"]:
         dtype = conv_dtype(kernel)
-        return mask_sites(F.conv2d(x.to(dtype), kernel.to(dtype), stride=2, padding=PADDING), self.active)
-
-    def relu(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        return F.relu(x)
+        bias = None if bias is None else bias.to(dtype)
+        return mask_sites(F.conv2d(x.to(dtype), kernel.to(dtype), bias, stride, padding), self.active)
 
     def pool(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C h w"]:
         return mask_sites(max_blur_pool(x), self.active)
+
+    def elementwise(self, x: Float[Tensor, "B C H W"], function: Callable[[Tensor], Tensor]):
+        return function(x)
+
+    def rows(self, x: Float[Tensor, "B C H W"], function: Callable[[Tensor], Tensor]) -> Float[Tensor, "B C H W"]:
+        if self.active is None:
+            rows = rearrange(x, "b c h w -> (b h w) c")
+            return rearrange(function(rows), "(b h w) c -> b c h w", h=x.shape[2], w=x.shape[3])
+        patches = self.active.gather(x)
+        return self.active.scatter(function(patches.flatten(0, 2)).view(patches.shape))
 
     def leave(self, x: Float[Tensor, "B D h w"]) -> Float[Tensor, "S D"]:
         return rearrange(x, "b d h w -> (b h w) d") if self.active is None else self.active.gather(x).flatten(0, 2)
 
 
-def conv_dtype(kernel: Float[Tensor, "K C 7 7"]) -> torch.dtype:
+def conv_dtype(kernel: Float[Tensor, "K C k k"]) -> torch.dtype:
     """The precision in which to convolve: that of autocast, else that of the kernel."""
     device_type = kernel.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else kernel.dtype

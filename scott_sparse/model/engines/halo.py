@@ -8,6 +8,7 @@ one product of its windows with the kernel, elsewhere and in compiled graphs PyT
 """
 
 import itertools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from einops import rearrange
 from torch.autograd.function import once_differentiable
 
 from scott_sparse.model.engines.dense import blur_downsample, conv_dtype, max_pool_2x2
-from scott_sparse.model.sites import KERNEL, PADDING, REACH, ActiveSites
+from scott_sparse.model.sites import ActiveSites
 from scott_sparse.shapes import Float, Tensor
 
 
@@ -23,24 +24,38 @@ class Halo:
     """Works on packed patches (S, s, s, C). Has the interface of `engines.Engine`."""
 
     def __init__(self, active: ActiveSites):
-        self.active, self.neighbours = active, active.neighbours()
+        self.active = active
 
-    def enter(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "S P P 3"]:
+    def enter(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "S P P C"]:
         return self.active.gather(images)
 
-    def conv(self, x: Float[Tensor, "S s s C"], kernel: Float[Tensor, "K C 7 7"]) -> Float[Tensor, "S s/2 s/2 K"]:
+    def conv(
+        self,
+        x: Float[Tensor, "S s s C"],
+        kernel: Float[Tensor, "K C k k"],
+        bias: Float[Tensor, " K"] | None = None,
+        *,
+        stride: int,
+        padding: int,
+    ) -> Float[Tensor, "S o o K"]:
         """Under autocast both the product and its result have the precision of autocast."""
         dtype = conv_dtype(kernel)
-        # The last window begins PADDING before the last but one site of the patch.
-        tile = self.add_halo(x.to(dtype), PADDING, KERNEL - PADDING - 2)
+        # The last window begins `padding` before the last but (stride - 1) site of the patch.
+        tile = self.add_halo(x.to(dtype), padding, kernel.shape[-1] - padding - stride)
         with torch.autocast(x.device.type, enabled=False):
             if x.device.type != "cpu" or torch.compiler.is_compiling():
                 tile = rearrange(tile, "s y x c -> s c y x")
-                return rearrange(F.conv2d(tile, kernel.to(dtype), stride=2), "s k y x -> s y x k")
-            return StridedConv.apply(tile, rearrange(kernel, "k c y x -> (y x c) k").to(dtype))
+                x = rearrange(F.conv2d(tile, kernel.to(dtype), stride=stride), "s k y x -> s y x k")
+            else:
+                flat = rearrange(kernel, "k c y x -> (y x c) k").to(dtype)
+                x = StridedConv.apply(tile, flat, kernel.shape[-1], stride)
+            return x if bias is None else x + bias.to(dtype)
 
-    def relu(self, x: Float[Tensor, "S s s C"]) -> Float[Tensor, "S s s C"]:
-        return F.relu(x)
+    def elementwise(self, x: Float[Tensor, "S s s C"], function: Callable[[Tensor], Tensor]):
+        return function(x)
+
+    def rows(self, x: Float[Tensor, "S s s C"], function: Callable[[Tensor], Tensor]) -> Float[Tensor, "S s s C"]:
+        return function(x.flatten(0, 2)).view(x.shape)
 
     def pool(self, x: Float[Tensor, "S s s C"]) -> Float[Tensor, "S s/2 s/2 C"]:
         side, (h, w) = x.shape[1], self.active.grid
@@ -65,8 +80,9 @@ class Halo:
         """
         side = x.shape[1]
         along_axis = torch.arange(-before, side + after, device=x.device)
-        distance, site = REACH + along_axis.div(side, rounding_mode="floor"), along_axis % side
-        patch = self.neighbours[distance[:, None], distance]  # (t, t, S)
+        reach = -(-max(before, after, 0) // side)
+        distance, site = reach + along_axis.div(side, rounding_mode="floor"), along_axis % side
+        patch = self.active.neighbours(reach)[distance[:, None], distance]  # (t, t, S)
         row = (patch * side + site[:, None, None]) * side + site[:, None]
         rows = torch.cat([x.flatten(0, 2), x.new_zeros(side**2, x.shape[-1])])
         tile = rows.index_select(0, rearrange(row, "y x s -> (s y x)"))
@@ -74,13 +90,13 @@ class Halo:
 
 
 class StridedConv(torch.autograd.Function):
-    """Product of the 7x7 windows, two sites apart, with the kernel: (S, t, t, C) and (49 C, K) to (S, o, o, K)."""
+    """Product of the k x k windows, `stride` sites apart, with the kernel: (S, t, t, C), (k k C, K) to (S, o, o, K)."""
 
     @staticmethod
-    def forward(ctx, tile: Float[Tensor, "S t t C"], kernel: Float[Tensor, "f K"]):
-        windows = unfold(tile)
+    def forward(ctx, tile: Float[Tensor, "S t t C"], kernel: Float[Tensor, "f K"], side: int, stride: int):
+        windows = unfold(tile, side, stride)
         ctx.save_for_backward(windows, kernel)
-        ctx.tile_shape = tile.shape
+        ctx.tile_shape, ctx.stride = tile.shape, stride
         return (windows.flatten(0, 2).flatten(1) @ kernel).unflatten(0, windows.shape[:3])
 
     @staticmethod
@@ -90,17 +106,19 @@ class StridedConv(torch.autograd.Function):
         rows, grad_tile = grad.flatten(0, 2), None
         grad_kernel = windows.flatten(0, 2).flatten(1).T @ rows
         if ctx.needs_input_grad[0]:
-            grad_windows = (rows @ kernel.T).view(windows.shape).unflatten(-1, (KERNEL, -1))
+            side, stride = windows.shape[3], ctx.stride
+            grad_windows = (rows @ kernel.T).view(windows.shape).unflatten(-1, (side, -1))
             grad_tile = grad.new_zeros(ctx.tile_shape)
-            until = 2 * windows.shape[1]
-            for y, x in itertools.product(range(KERNEL), range(KERNEL)):
-                grad_tile[:, y : y + until : 2, x : x + until : 2] += grad_windows[:, :, :, y, x]
-        return grad_tile, grad_kernel
+            until = stride * windows.shape[1]
+            for y, x in itertools.product(range(side), range(side)):
+                into = grad_tile[:, y : y + until : stride, x : x + until : stride]
+                into += grad_windows[:, :, :, y, x]
+        return grad_tile, grad_kernel, None, None
 
 
-def unfold(tile: Float[Tensor, "S t t C"]) -> Float[Tensor, "S o o 7 f"]:
-    """Windows of 7x7 sites, two sites apart; the seven sites of a window's row are contiguous: f = 7 C."""
+def unfold(tile: Float[Tensor, "S t t C"], side: int, stride: int) -> Float[Tensor, "S o o k f"]:
+    """Windows of k = `side` sites a side, `stride` apart; the sites of a window's row are contiguous: f = k C."""
     S, t, _, C = tile.shape
-    o = (t - KERNEL) // 2 + 1
-    strides = (t * t * C, 2 * t * C, 2 * C, t * C, 1)
-    return tile.as_strided((S, o, o, KERNEL, KERNEL * C), strides).contiguous()
+    o = (t - side) // stride + 1
+    strides = (t * t * C, stride * t * C, stride * C, t * C, 1)
+    return tile.as_strided((S, o, o, side, side * C), strides).contiguous()

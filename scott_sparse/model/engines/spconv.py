@@ -3,7 +3,7 @@
 Two packages have its API: spconv, for NVIDIA and CPUs, and spconv-triton, for any GPU and Python. The first of them
 that passes a self-test on the device is used.
 
-spconv has submanifold convolutions of stride 1 only. The exact form with stride 2: fold each 2x2 block of input sites
+spconv has submanifold convolutions of stride 1 only. The exact form with stride s: fold each s x s block of input sites
 into channels (pixel-unshuffle), which turns a 7x7 kernel with stride 2 into a 4x4 kernel with stride 1 on blocks -2 to
 +1, and give spconv that kernel with a rulebook computed here. The rulebook is affine in the patch: one per resolution
 serves all images of a batch.
@@ -13,6 +13,7 @@ import functools
 import importlib
 import itertools
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -22,14 +23,13 @@ from einops import rearrange
 
 from scott_sparse.model.engines.dense import Dense
 from scott_sparse.model.engines.halo import Halo
-from scott_sparse.model.sites import KERNEL, REACH, ActiveSites
+from scott_sparse.model.sites import ActiveSites
 from scott_sparse.shapes import Float, Int, Tensor
 
 PACKAGES = {  # name to import: how to install it
     "spconv": "pip install spconv-cu120 (Python < 3.12) or spconv-cu126 (3.12, 3.13)",
     "spconv_triton": "pip install spconv-triton, and use a GPU",
 }
-BLOCKS = (-2, -1, 0, 1)  # the window 2o-3 .. 2o+3 of output o touches the 2-wide blocks o-2 .. o+1
 
 
 class SpConv:
@@ -53,25 +53,40 @@ class SpConv:
     def failure(device: torch.device) -> str | None:
         return spconv_failure(str(device))
 
-    def enter(self, images: Float[Tensor, "B 3 H W"]):
+    def enter(self, images: Float[Tensor, "B C H W"]):
         return self.tensor(self.active.gather(images.float()))
 
-    def conv(self, x, kernel: Float[Tensor, "K C 7 7"]):
-        folded = rearrange(self.patches(x), "s (y dy) (x dx) c -> s y x (dy dx c)", dy=2, dx=2)
+    def conv(
+        self,
+        x,
+        kernel: Float[Tensor, "K C k k"],
+        bias: Float[Tensor, " K"] | None = None,
+        *,
+        stride: int,
+        padding: int,
+    ):
+        folded = rearrange(self.patches(x), "s (y dy) (x dx) c -> s y x (dy dx c)", dy=stride, dx=stride)
+        # The window of output o touches the blocks o + first .. o + last: for kernel 7 and stride 2 o-2 .. o+1.
+        first = -padding // stride
         with torch.autocast(folded.device.type, enabled=False):
-            features = self.conv_blocks(folded.flatten(0, 2), fold_kernel(kernel.float()).contiguous(), folded.shape[1])
+            blocks = fold_kernel(kernel.float(), stride, padding).contiguous()
+            features = self.conv_blocks(folded.flatten(0, 2), blocks, folded.shape[1], first)
+            features = features if bias is None else features + bias.float()
         return self.tensor(features.unflatten(0, folded.shape[:3]))
 
-    def conv_blocks(self, blocks: Float[Tensor, "n f"], kernel: Float[Tensor, "K 4 4 f"], side: int):
+    def conv_blocks(self, blocks: Float[Tensor, "n f"], kernel: Float[Tensor, "K m m f"], side: int, first: int):
         """spconv's own convolution of the folded blocks, `side` per patch and axis: (n, f) to (n, K)."""
         if len(blocks) == 0:  # spconv raises on empty input; the weight still gets its gradient, zero
             return blocks @ kernel[:, 0, 0].T
-        pairs, counts = rulebook(self.halo.neighbours, side)
+        pairs, counts = rulebook(self.active, side, range(first, first + kernel.shape[1]))
         native = self.library.ConvAlgo.Native
         return self.library.functional.indice_conv(blocks, kernel, pairs, counts, len(blocks), native)
 
-    def relu(self, x):
-        return x.replace_feature(F.relu(x.features))
+    def elementwise(self, x, function: Callable[[Tensor], Tensor]):
+        return x.replace_feature(function(x.features))
+
+    def rows(self, x, function: Callable[[Tensor], Tensor]):
+        return x.replace_feature(function(x.features).float())
 
     def pool(self, x):
         with torch.autocast(x.features.device.type, enabled=False):
@@ -92,9 +107,15 @@ class SpConv:
         return self.library.SparseConvTensor(patches.flatten(0, 2), indices, shape, len(self.active.visible))
 
 
-def fold_kernel(kernel: Float[Tensor, "K C 7 7"]) -> Float[Tensor, "K 4 4 f"]:
-    """Offsets -3 .. 3 become blocks -2 .. 1 of two sites each, with a zero for the unused offset -4; f = 4 C."""
-    return rearrange(F.pad(kernel, (1, 0, 1, 0)), "k c (y dy) (x dx) -> k y x (dy dx c)", dy=2, dx=2)
+def fold_kernel(kernel: Float[Tensor, "K C k k"], stride: int, padding: int) -> Float[Tensor, "K m m f"]:
+    """A kernel on blocks of stride x stride sites, f = stride**2 C; unused offsets of its m x m blocks get zeros.
+
+    For kernel 7 and stride 2: offsets -3 .. 3 become blocks -2 .. 1 of two sites each, with a zero at the offset -4.
+    """
+    lead = -padding % stride
+    trail = -(lead + kernel.shape[-1]) % stride
+    padded = F.pad(kernel, (lead, trail, lead, trail))
+    return rearrange(padded, "k c (y dy) (x dx) -> k y x (dy dx c)", dy=stride, dx=stride)
 
 
 def site_indices(active: ActiveSites, side: int) -> Int[Tensor, "n 3"]:
@@ -106,24 +127,26 @@ def site_indices(active: ActiveSites, side: int) -> Int[Tensor, "n 3"]:
     return sites.reshape(-1, 3).int().contiguous()
 
 
-def rulebook(neighbours: Int[Tensor, "5 5 S"], side: int) -> tuple[Int[Tensor, "2 k n"], Int[Tensor, " k"]]:
-    """Pairs (input block, output site) for each of the k = 16 kernel positions, at `side` output sites per patch.
+def rulebook(active: ActiveSites, side: int, blocks: range) -> tuple[Int[Tensor, "2 k n"], Int[Tensor, " k"]]:
+    """Pairs (input block, output site) for each kernel position, at `side` output sites per patch.
 
-    `pairs[0, k, :counts[k]]` are rows of the block features, `pairs[1, k, :counts[k]]` rows of the output. Within a
-    patch the sites of one kernel position read from at most four patches.
+    `blocks` are the k**.5 blocks, relative to the output, that the kernel reads along one axis. `pairs[0, k,
+    :counts[k]]` are rows of the block features, `pairs[1, k, :counts[k]]` rows of the output.
     """
+    reach = -(-max(-blocks[0], blocks[-1]) // side)
+    neighbours = active.neighbours(reach)
     device, patches = neighbours.device, neighbours.shape[-1]
 
     @functools.cache
     def first_sites(down: int, right: int) -> tuple[Tensor, Tensor]:
         """First site of each visible patch that has a visible neighbour there, and first site of that neighbour."""
-        there = neighbours[REACH + down, REACH + right].int()
+        there = neighbours[reach + down, reach + right].int()
         here = (there < patches).nonzero()[:, 0]
         return here.int() * side**2, there[here] * side**2
 
-    pairs = torch.full((2, len(BLOCKS) ** 2, patches * side**2), -1, dtype=torch.int32, device=device)
+    pairs = torch.full((2, len(blocks) ** 2, patches * side**2), -1, dtype=torch.int32, device=device)
     counts = []
-    for position, sources in enumerate(_sources(side, device)):
+    for position, sources in enumerate(_sources(side, blocks, device)):
         count = 0
         for down, right, local_there, local_here in sources:
             here, there = first_sites(down, right)
@@ -136,7 +159,7 @@ def rulebook(neighbours: Int[Tensor, "5 5 S"], side: int) -> tuple[Int[Tensor, "
 
 
 @functools.cache
-def _sources(side: int, device: torch.device) -> list[list[tuple[int, int, Tensor, Tensor]]]:
+def _sources(side: int, blocks: range, device: torch.device) -> list[list[tuple[int, int, Tensor, Tensor]]]:
     """For each kernel position the patches it reads: (patches down, patches right, sites there, sites here)."""
 
     def runs(shift: int) -> list[tuple[int, list[int], list[int]]]:
@@ -157,7 +180,7 @@ def _sources(side: int, device: torch.device) -> list[list[tuple[int, int, Tenso
             (down, right, local(there_y, there_x), local(here_y, here_x))
             for (down, there_y, here_y), (right, there_x, here_x) in itertools.product(runs(dy), runs(dx))
         ]
-        for dy, dx in itertools.product(BLOCKS, BLOCKS)
+        for dy, dx in itertools.product(blocks, blocks)
     ]
 
 
@@ -192,10 +215,10 @@ def package_failure(package: str, device: str) -> str | None:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
             generator = torch.Generator().manual_seed(0)
             images = torch.randn(2, 3, 32, 48, generator=generator).to(device)
-            kernel = torch.randn(64, 3, KERNEL, KERNEL, generator=generator).to(device).requires_grad_()
+            kernel = torch.randn(64, 3, 7, 7, generator=generator).to(device).requires_grad_()
             active = ActiveSites(torch.arange(48, device=device).view(2, 24) % 3 > 0, (4, 6))
             for engine in (Dense(active), SpConv(active, library)):
-                tokens = engine.leave(engine.conv(engine.enter(images), kernel))
+                tokens = engine.leave(engine.conv(engine.enter(images), kernel, stride=2, padding=3))
                 results.append((tokens.detach(), *torch.autograd.grad(tokens.square().sum(), kernel)))
             errors = [((found - true).abs().max() / true.abs().max()).item() for true, found in zip(*results)]
     except Exception as error:

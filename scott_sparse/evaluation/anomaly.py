@@ -166,15 +166,11 @@ def nearest_good(
     encoder: ImageEncoder, good: Images, size: tuple[int, int], device: torch.device, count: int
 ) -> Scorer:
     """Scores patches by the distance to the nearest patch of good images, or of a coreset of `count` of them."""
-    batches = track(torch.arange(len(good)).split(BATCH), description="features of good images", transient=True)
-    patches = torch.cat(
-        [
-            _patches(encoder, eval_images(good, rows, size=size, statistics=encoder.statistics).to(device)).flatten(
-                0, 2
-            )
-            for rows in batches
-        ]
-    )
+    parts = []
+    for rows in track(torch.arange(len(good)).split(BATCH), description="features of good images", transient=True):
+        images = eval_images(good, rows, size=size, statistics=encoder.statistics)
+        parts.append(_patches(encoder, images.to(device)).flatten(0, 2))
+    patches = torch.cat(parts)
     check_finite(patches)
     if len(patches) > count:
         patches = patches[k_centre(random_projection(patches), count, what="coreset")[0]]

@@ -1,9 +1,9 @@
 """Image encoders that are evaluated: ours, raw pixels, and models of timm.
 
 Each maps images (B, C, h, w) that are normalised by its `statistics` to `pooled` features (B, L, C), one vector for
-each of the last L blocks with the last block last, and to the `tokens` (B, N, D) of the last block. `maps` gives feature
-maps, for what is asked of each place in an image. Every probe runs on every encoder, so that an encoder is compared with
-raw pixels, with its own initialisation and with models pretrained elsewhere.
+each of the last L blocks with the last block last, and to the `tokens` (B, N, D) of the last block. `maps` gives
+feature maps, for what is asked of each place in an image. Every probe runs on every encoder, so that an encoder is
+compared with raw pixels, with its own initialisation and with models pretrained elsewhere.
 """
 
 import dataclasses

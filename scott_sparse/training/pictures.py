@@ -87,9 +87,8 @@ def draw_views(out: Path, recipe: Recipe, data: Data) -> None:
     rows = batch_indices(0, images=len(images), batch=recipe.batch_size, seed=recipe.seed)[:VIEWED_IMAGES]
     few, strips = images[rows], []
     for i, title in enumerate(titles_of(few, data.classes)):
-        cells = [
-            ("image", data_uri(colours_of(rearrange(torch.tensor(few.read(int(few.rows[i]))) / 255, "H W c -> c H W"))))
-        ]
+        whole = rearrange(torch.tensor(few.read(int(few.rows[i]))) / 255, "H W c -> c H W")
+        cells = [("image", data_uri(colours_of(whole)))]
         if recipe.objective.mim_weight:
             cells.append(("target", data_uri(colours_of(target[i]))))
         strips.append(Strip(title, [*cells, *zip(labels, map(data_uri, crops[i]))]))

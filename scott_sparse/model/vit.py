@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,44 @@ class Encoder(nn.Module):
         if visible is not None:
             tokens = torch.where(visible[..., None], tokens, self.mask_token.to(tokens.dtype))
         return self.transformer(tokens, positions(self.tokenizer.grid(images), tokens, span))
+
+    @property
+    def num_features(self) -> int:
+        """Width D of the features, under the name that it has in timm."""
+        return self.config.dim
+
+    def forward_features(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
+        """Features of whole images, under timm's name. There is no head: it is what `forward` returns."""
+        return self(images)
+
+    def forward_intermediates(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Float[Tensor, "B N D"], list[Tensor]]:
+        """Features after some blocks as maps (B, D, h, w), or (B, N, D) with output_fmt "NLC"; arguments as in timm.
+
+        `indices`: the last so many blocks, all if None, or those of a sequence, where -1 is the last; maps are in the
+        order of the blocks. `norm`: apply to each the LayerNorm without affine parameters that targets and probes see.
+        Returns (features of the last block, maps), or the maps alone. Raises ValueError for blocks that do not exist.
+        """
+        depth = self.config.depth
+        asked = range(-depth, 0) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
+        if not asked or not all(-depth <= i < depth for i in asked):
+            raise ValueError(f"indices is {indices}; expected 1 to {depth}, or some of -{depth} to {depth - 1}.")
+        chosen = sorted({range(depth)[i] for i in asked})
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt is {output_fmt!r}; expected 'NCHW' or 'NLC'.")
+        h, w = self.tokenizer.grid(images)
+        blocks = self.last_blocks(images, depth - chosen[0])
+        maps = [layer_norm(blocks[i - depth]) if norm else blocks[i - depth] for i in chosen]
+        if output_fmt == "NCHW":
+            maps = [rearrange(x, "b (h w) d -> b d h w", h=h, w=w) for x in maps]
+        return maps if intermediates_only else (blocks[-1], maps)
 
     def pooled(
         self, images: Float[Tensor, "B 3 H W"], *, size: tuple[int, int] | None = None, crops: int = 1

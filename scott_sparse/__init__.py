@@ -20,7 +20,7 @@ from scott_sparse.model.jepa import MIMJEPA, ObjectiveConfig
 from scott_sparse.model.masks import draw_visible
 from scott_sparse.model.tokenizer import PatchTokenizer, SparseTokenizer
 from scott_sparse.model.vit import SIZES, Encoder, EncoderConfig, Predictor
-from scott_sparse.model.weights import from_paper_checkpoint, load_encoder, save_encoder
+from scott_sparse.model.weights import from_paper_checkpoint, load_encoder, save_encoder, to_paper_checkpoint
 
 __all__ = [
     "MIMJEPA",
@@ -35,4 +35,5 @@ __all__ = [
     "from_paper_checkpoint",
     "load_encoder",
     "save_encoder",
+    "to_paper_checkpoint",
 ]

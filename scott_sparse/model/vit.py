@@ -10,6 +10,8 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +95,9 @@ class Encoder(nn.Module):
     preprocess: Preprocess | None = None
     """From a picture to the images of training; None if its encoder.json does not say how."""
 
+    run: Path | None = None
+    """The folder that it was loaded from, whose results its model card lists."""
+
     def __init__(self, config: EncoderConfig, *, engine: str = "auto"):
         super().__init__()
         self.config = config
@@ -121,6 +126,32 @@ class Encoder(nn.Module):
         if visible is not None:
             tokens = torch.where(visible[..., None], tokens, self.mask_token.to(tokens.dtype))
         return self.transformer(tokens, positions(self.tokenizer.grid(images), tokens, span))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> "Encoder":
+        """The encoder of a run folder or of a Hub repository `owner/name`: `weights.load_encoder`, with its options."""
+        from scott_sparse.model.weights import load_encoder
+
+        return load_encoder(source, **options)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write weights, config and a model card, unless there is a README.md, for a Hub repository.
+
+        Options are those of `huggingface_hub.ModelHubMixin.save_pretrained`, such as `model_card_kwargs={"license":
+        "cc-by-4.0"}` (`hub.model_card`).
+        """
+        from scott_sparse.model.hub import HubEncoder
+
+        HubEncoder(self, Path(folder).name).save_pretrained(folder, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes to a repository `owner/name`, which is made if there is none.
+
+        Options are those of `huggingface_hub.ModelHubMixin.push_to_hub`. Returns the address of the commit.
+        """
+        from scott_sparse.model.hub import HubEncoder
+
+        return HubEncoder(self, repo_id).push_to_hub(repo_id, **options)
 
     @property
     def num_features(self) -> int:

@@ -4,6 +4,7 @@
     accelerate launch train/pretrain.py --data PHOTOS                       # your own folder, the recipe by the device
     accelerate launch train/pretrain.py --data PHOTOS --plan                # what that will cost; trains nothing
     accelerate launch train/pretrain.py flowers102 --batch-size 128         # the paper's recipe and data set
+    accelerate launch train/pretrain.py --data PHOTOS --init runs/general   # from weights that exist
 
 The same command resumes a run that was interrupted, to the same weights bit for bit (scott_sparse/training/saver.py).
 
@@ -152,15 +153,18 @@ def compare(run: Run, initial: Encoder, target: Encoder, training: dict) -> None
     if not run.accelerator.is_main_process:
         return
     images = data.val or data.pretrain
-    encoders = {name: FrozenEncoder(x, recipe.grid) for name, x in (("untrained", initial), ("pretrained", target))}
+    encoders = {
+        name: FrozenEncoder(x, recipe.grid) for name, x in ((recipe.start_name, initial), ("pretrained", target))
+    }
     size, stride = form_of_run(recipe.sides, recipe.patch_size)
     some = images[evenly_spaced(len(images), FIGURE_IMAGES)]
     draw_tokens(run.out / TOKENS, some, encoders, size=size, stride=stride)
     if run.val and data.classes:
         remedy = what_to_try(recipe, len(data.pretrain))
-        training["verdict"] = final_verdict(training["verdict"], knn, n=len(run.val), remedy=remedy)
-        terms = recipe.objective.terms
-        run.console.print(knn_table(knn, images=len(run.val), classes=len(data.classes), terms=terms))
+        about = {"n": len(run.val), "remedy": remedy, "start": recipe.start_name}
+        training["verdict"] = final_verdict(training["verdict"], knn, **about)
+        about = {"images": len(run.val), "classes": len(data.classes), "terms": recipe.objective.terms}
+        run.console.print(knn_table(knn, **about, init=recipe.init))
     summary = run.write_summary(training, knn)
     if training["verdict"]:
         run.console.print(f"verdict: {training['verdict']}", highlight=False)

@@ -192,7 +192,7 @@ def write_result(config: ProbeConfig, name: str, data: ProbeData, result: dict, 
     folder = Path(source.data).expanduser()
     data_name = re.sub(r"[^\w.-]+", "_", folder.resolve().name if folder.is_dir() else folder.name)[:40]
     protocol = "paper" if source.protocol == "paper" else ""
-    subject = encoder.name if encoder.name in ("pixels", "random", "context") else ""
+    subject = encoder.name if encoder.name in ("pixels", "random", "start", "context") else ""
     path = encoder.out / f"{'-'.join(filter(None, (name, data_name, protocol, subject, key)))}.json"
     write_json(path, result)
     draw_confusion(path.with_suffix(".png"), result["test"]["confusion"], data.classes)

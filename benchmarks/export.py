@@ -1,4 +1,4 @@
-"""Is an exported encoder faster? Eager, torch.export and ONNX Runtime in turns, CPU milliseconds of one thread an image.
+"""Is an exported encoder faster? Eager, torch.export and ONNX Runtime in turns: CPU milliseconds of a thread per image.
 
 OMP_NUM_THREADS=1 python benchmarks/export.py
 """

@@ -148,7 +148,8 @@ class Encoder(nn.Module):
         if self.position_embedding is None:
             return positions(grid, like, span)
         learned: Tensor = self.position_embedding
-        if grid != learned.shape[2:]:
+        traced = torch.compiler.is_compiling() or type(like) is not Tensor  # a graph must not be for this grid alone
+        if traced or grid != learned.shape[2:]:
             learned = F.interpolate(learned.float(), grid, mode="bicubic", antialias=True)
         return rearrange(learned, "1 d h w -> (h w) d").to(like.dtype)
 

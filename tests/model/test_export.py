@@ -38,7 +38,7 @@ def parsed(text):
 
 @pytest.mark.parametrize(
     "config, to",
-    [(SCOTT, "onnx"), (SCOTT, "torch"), (AS_IN_TIMM, "onnx")],
+    [(SCOTT, "onnx"), (SCOTT, "torch"), pytest.param(AS_IN_TIMM, "onnx", marks=pytest.mark.slow)],
     ids=["onnx", "torch", "learned positions, onnx"],
 )
 def test_files_for_other_programs(config, to, tmp_path, clean_environment):

@@ -22,7 +22,7 @@ from scott_sparse.model.jepa import MIMJEPA, ObjectiveConfig, make_target, targe
 from scott_sparse.model.masks import draw_visible
 from scott_sparse.model.tokenizer import PatchTokenizer, SparseStem, SparseTokenizer
 from scott_sparse.model.vit import SIZES, Encoder, EncoderConfig, Predictor
-from scott_sparse.model.weights import from_paper_checkpoint, load_encoder, save_encoder
+from scott_sparse.model.weights import from_paper_checkpoint, load_encoder, save_encoder, to_paper_checkpoint
 
 __all__ = [
     "MIMJEPA",
@@ -43,5 +43,6 @@ __all__ = [
     "save_encoder",
     "stages",
     "target_features",
+    "to_paper_checkpoint",
     "update_target",
 ]

@@ -7,6 +7,7 @@ CODE = """
 import importlib, os, pkgutil, warnings
 # What the library imports may change the process; that is not ours to prevent.
 import accelerate, cv2, filelock, matplotlib.figure, rich.progress, safetensors.torch, torch, torchvision, tyro
+import sklearn.base
 from PIL import Image, TiffImagePlugin
 
 cv2.setNumThreads(3)

@@ -4,6 +4,7 @@
     accelerate launch train/pretrain.py --data PHOTOS                       # your own folder, the recipe by the device
     accelerate launch train/pretrain.py --data PHOTOS --plan                # what that will cost; trains nothing
     accelerate launch train/pretrain.py flowers102 --batch-size 128         # the paper's recipe and data set
+    accelerate launch train/pretrain.py --data PHOTOS --init runs/general   # from weights that exist
 
 The same command resumes a run that was interrupted, to the same weights bit for bit (scott_sparse/training/saver.py).
 
@@ -156,14 +157,15 @@ def compare(run: Run, initial: Encoder, target: Encoder, training: dict) -> None
     features = extract(FrozenEncoder(target), bank_of(data), size=recipe.sides)
     if features is None:  # not the main process
         return
-    encoders = {"untrained": initial, "pretrained": make_target(target)}  # a copy, which is not compiled
+    encoders = {recipe.start_name: initial, "pretrained": make_target(target)}  # a copy, which is not compiled
     with report_failures(run):
         draw_learned(run.out, recipe, data, encoders, features)
     if run.val and data.classes:
         remedy = what_to_try(recipe, len(data.pretrain))
-        training["verdict"] = final_verdict(training["verdict"], knn, n=len(run.val), remedy=remedy)
-        terms = recipe.objective.terms
-        run.console.print(knn_table(knn, images=len(run.val), classes=len(data.classes), terms=terms))
+        about = {"n": len(run.val), "remedy": remedy, "start": recipe.start_name}
+        training["verdict"] = final_verdict(training["verdict"], knn, **about)
+        about = {"images": len(run.val), "classes": len(data.classes), "terms": recipe.objective.terms}
+        run.console.print(knn_table(knn, **about, init=recipe.init))
     summary = run.write_summary(training, knn)
     refresh_report(run)
     if training["verdict"]:

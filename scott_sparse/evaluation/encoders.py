@@ -9,13 +9,14 @@ compared with raw pixels, with its own initialisation and with models pretrained
 import dataclasses
 import hashlib
 import json
-from typing import Any
+from importlib.metadata import version
 
 import torch
 from einops import rearrange
 from torch import nn
 
 from scott_sparse.model.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from scott_sparse.model.pretrained import published_timm_model, renormalise
 from scott_sparse.model.vit import Encoder, layer_norm
 from scott_sparse.shapes import Float, Tensor
 
@@ -96,25 +97,13 @@ class TimmModel(ImageEncoder):
 
     def __init__(self, name: str):
         super().__init__()
-        try:
-            import timm
-        except ImportError:
-            raise ValueError(f"--timm {name} needs the package timm: pip install timm.") from None
-        if not timm.is_model(name):
-            raise ValueError(f"--timm {name}: unknown to timm; timm.list_models(pretrained=True) lists its models.")
-        try:
-            model: Any = timm.create_model(name, pretrained=True, num_classes=0).eval()
-        except Exception as error:  # fetching weights fails in many ways; untrained weights must not be evaluated
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"--timm {name}: the weights cannot be fetched ({reason}).") from error
+        model = published_timm_model(name, f"--timm {name}")
         self.model, config = model, model.pretrained_cfg
-        self.description = {"timm": timm.__version__, "name": name, "pretrained_cfg": dict(config)}
+        self.description = {"timm": version("timm"), "name": name, "pretrained_cfg": dict(config)}
         self.size = (int(config["input_size"][1]), int(config["input_size"][2]))
-        # From our normalisation to that of the model.
-        ours = torch.tensor([IMAGENET_MEAN, IMAGENET_STD])[..., None, None]
-        theirs = torch.tensor([config["mean"], config["std"]])[..., None, None]
-        self.register_buffer("scale", ours[1] / theirs[1], persistent=False)
-        self.register_buffer("shift", (ours[0] - theirs[0]) / theirs[1], persistent=False)
+        scale, shift = renormalise(config["mean"], config["std"])
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
 
     def forward(self, images: Float[Tensor, "B 3 h w"]) -> tuple[Float[Tensor, "B 1 C"], Float[Tensor, "B N D"]]:
         features = self.model.forward_features(images * self.scale + self.shift)

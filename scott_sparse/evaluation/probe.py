@@ -215,7 +215,7 @@ def write_entry(
     folder = Path(source.data).expanduser()
     data_name = re.sub(r"[^\w.-]+", "_", folder.resolve().name if folder.is_dir() else folder.name)[:40]
     protocol = "paper" if source.protocol == "paper" else ""
-    subject = encoder.name if encoder.name in ("pixels", "random", "context") else ""
+    subject = encoder.name if encoder.name in ("pixels", "random", "start", "context") else ""
     path = encoder.out / f"{'-'.join(filter(None, (name, data_name, protocol, subject, key)))}.json"
     write_json(path, result)
     return result, path

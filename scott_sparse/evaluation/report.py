@@ -27,7 +27,7 @@ FIRST_COLUMNS = ("knn", "linear", "attentive")
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen Hei", "Noto Sans Arabic"]
 FONTS += ["Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji", "Symbola", "Arial Unicode MS"]
 FONTS += ["PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "Malgun Gothic", "Segoe UI Emoji"]
-OURS = ("pixels", "random", "context", "pretrained")  # encoders that belong to a run
+OURS = ("pixels", "random", "start", "context", "pretrained")  # encoders that belong to a run
 
 
 def make_table(
@@ -172,11 +172,16 @@ def knn_report(
     return accuracies
 
 
-def knn_table(accuracies: dict[str, float | None], *, images: int, classes: int, terms: Sequence[str]) -> Table:
-    """The numbers of `knn_report` for the terminal; `images` of `classes` classes are those of val."""
+def knn_table(
+    accuracies: dict[str, float | None], *, images: int, classes: int, terms: Sequence[str], init: str | None = None
+) -> Table:
+    """The numbers of `knn_report` for the terminal; `images` of `classes` classes are those of val.
+
+    `init` names the weights that the run started from, if they were not new.
+    """
     names = {
         "pixels": "raw pixels",
-        "init": "encoder at initialisation",
+        "init": f"the start, {init}" if init else "encoder at initialisation",
         "pretrained": f"pretrained with {' + '.join(terms)}",
     }
     rows = [(names[name], "-" if accuracy is None else f"{accuracy:.1f} %") for name, accuracy in accuracies.items()]

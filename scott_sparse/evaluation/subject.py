@@ -15,6 +15,7 @@ from scott_sparse.data.splits import load_digests
 from scott_sparse.distributed import rank
 from scott_sparse.evaluation.encoders import FrozenEncoder, ImageEncoder, Pixels, TimmModel
 from scott_sparse.files import read_json
+from scott_sparse.model.pretrained import open_start
 from scott_sparse.model.vit import Encoder
 from scott_sparse.model.weights import CONFIG, load_encoder, read_config
 
@@ -28,7 +29,7 @@ class ProbeConfig:
     run: tyro.conf.Positional[str | None] = None
     """Run folder of train/pretrain.py, or a repository OWNER/NAME of the Hugging Face Hub. Not needed with --timm."""
     init: Literal["pixels", "random"] | None = None
-    """Evaluate a baseline instead: the raw pixels, or the run's encoder as it was initialised."""
+    """Evaluate a baseline instead: the raw pixels, or the run's encoder as it was initialised, by --init if it was."""
     timm: str | None = None
     """Evaluate a model of timm with its published weights instead of a run: its name, such as resnet18."""
     weights: Literal["target", "context"] = "target"
@@ -61,7 +62,7 @@ class EncoderUnderTest:
     """An encoder, and how to evaluate it."""
 
     name: str
-    """pretrained, context, random, pixels, or the name of a timm model."""
+    """pretrained, context, random, start (of a run with --init), pixels, or the name of a timm model."""
     run: str
     """As it was given, or timm:NAME."""
     model: ImageEncoder
@@ -118,10 +119,14 @@ def open_encoder(config: ProbeConfig) -> EncoderUnderTest:
     if config.init == "random":
         if "seed" not in recipe:
             raise ValueError(f"{config.run} has no recipe.json with the seed of its initial weights.")
+        start = open_start(recipe["init"]) if recipe.get("init") else None
         torch.manual_seed(recipe["seed"])  # as in train/pretrain.py, where the encoder is made first
         initial = Encoder(read_config(folder / CONFIG))
         initial.preprocess = encoder.preprocess
-        return EncoderUnderTest("random", config.run, FrozenEncoder(initial, span), size, out)
+        if start:
+            start.load_into(initial)
+        name = "start" if start else "random"
+        return EncoderUnderTest(name, config.run, FrozenEncoder(initial, span), size, out)
     pretraining = None
     if "data" in summary and "image_size" in recipe:
         pretraining = {**summary["data"], "image_size": recipe["image_size"]}

@@ -3,12 +3,16 @@
 Two things differ from the usual ViT, as in the paper's code (arXiv 2502.18056), so that its weights can be loaded:
 * the block is not pre-norm: the second LayerNorm *overwrites* the residual stream (see `Block`);
 * there is no LayerNorm after the last block, and no LayerNorm has affine parameters.
+With `block="pre-norm"` an encoder is the usual ViT, so that it can go on from published weights (`pretrained.py`).
 """
 
 import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +32,7 @@ SIZES = {  # name: (width D, layers, heads)
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
 }
+PRE_NORM_EPS = 1e-6  # of LayerNorm in timm's ViTs
 
 
 MAXIMA = {"dim": 16384, "depth": 256, "heads": 256, "patch_size": 1024, "in_channels": 1024, "stem_width": 16384}
@@ -39,6 +44,8 @@ class EncoderConfig:
 
     `tokenizer` is a name of `tokenizer.TOKENIZERS`, `ffn` is "swiglu" or "mlp"; `stem_width` is read by SCOTT's
     tokenizer only, `mlp_ratio` by "mlp" only. `registers` is a number of register tokens (arXiv 2309.16588).
+    `block` is "paper" or "pre-norm" (see `Block`). `position_grid` is the side of a square grid of learned positions,
+    which are interpolated to that of an image; 0 means fixed sine-cosine positions.
     """
 
     dim: int
@@ -50,6 +57,8 @@ class EncoderConfig:
     ffn: str = "swiglu"
     mlp_ratio: float = 4.0
     registers: int = 0
+    block: str = "paper"
+    position_grid: int = 0
     dropout: float = 0.0
     attention_dropout: float = 0.0
     drop_path: float = 0.0
@@ -59,8 +68,9 @@ class EncoderConfig:
         for name, most in MAXIMA.items():
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} {getattr(self, name)} is outside 1 to {most}.")
-        if not 0 <= self.registers <= 1024:
-            raise ValueError(f"registers {self.registers} is outside 0 to 1024.")
+        for name in ("registers", "position_grid"):
+            if not 0 <= getattr(self, name) <= 1024:
+                raise ValueError(f"{name} {getattr(self, name)} is outside 0 to 1024.")
         if self.ffn == "mlp" and not 1 / self.dim <= self.mlp_ratio <= 64:
             raise ValueError(f"mlp_ratio {self.mlp_ratio} is outside 1 / dim to 64.")
         if self.dim % 4 or self.dim % self.heads:
@@ -70,6 +80,8 @@ class EncoderConfig:
         TOKENIZERS[self.tokenizer].check_patch_size(self.patch_size)
         if self.ffn not in ("swiglu", "mlp"):
             raise ValueError(f"unknown ffn {self.ffn!r}; expected 'swiglu' or 'mlp'.")
+        if self.block not in ("paper", "pre-norm") or (self.block == "pre-norm" and self.ffn != "mlp"):
+            raise ValueError(f"block {self.block!r} with ffn {self.ffn!r}; expected 'paper', or 'pre-norm' with 'mlp'.")
         if self.ffn == "swiglu":
             check_swiglu(self.dim, self.heads)
         for name in ("dropout", "attention_dropout", "drop_path"):
@@ -96,6 +108,9 @@ class Encoder(nn.Module):
     preprocess: Preprocess | None = None
     """From a picture to the images of training; None if its encoder.json does not say how."""
 
+    run: Path | None = None
+    """The folder that it was loaded from, whose results its model card lists."""
+
     def __init__(self, config: EncoderConfig, *, engine: str = "auto"):
         super().__init__()
         self.config = config
@@ -109,6 +124,10 @@ class Encoder(nn.Module):
         self.transformer = Transformer(config)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.position_embedding = None
+        if side := config.position_grid:
+            self.position_embedding = nn.Parameter(torch.zeros(1, config.dim, side, side))
+            nn.init.trunc_normal_(self.position_embedding, std=0.02)
 
     def forward(
         self,
@@ -127,7 +146,84 @@ class Encoder(nn.Module):
         tokens = self.tokenizer(images, visible, count=count)
         if visible is not None:
             tokens = torch.where(visible[..., None], tokens, self.mask_token.to(tokens.dtype))
-        return self.transformer(tokens, positions(self.tokenizer.grid(images), tokens, span))
+        return self.transformer(tokens, self.positions(images, tokens, span))
+
+    def positions(
+        self, images: Float[Tensor, "B C H W"], like: Float[Tensor, "*B D"], span: tuple[int, int] | None = None
+    ) -> Float[Tensor, "N D"]:
+        """What is added to the tokens of an image: see the function `positions`. Learned ones always span the image."""
+        grid = self.tokenizer.grid(images)
+        if self.position_embedding is None:
+            return positions(grid, like, span)
+        learned: Tensor = self.position_embedding
+        traced = torch.compiler.is_compiling() or type(like) is not Tensor  # a graph must not be for this grid alone
+        if traced or grid != learned.shape[2:]:
+            learned = F.interpolate(learned.float(), grid, mode="bicubic", antialias=True)
+        return rearrange(learned, "1 d h w -> (h w) d").to(like.dtype)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> "Encoder":
+        """The encoder of a run folder or of a Hub repository `owner/name`: `weights.load_encoder`, with its options."""
+        from scott_sparse.model.weights import load_encoder
+
+        return load_encoder(source, **options)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write weights, config and a model card, unless there is a README.md, for a Hub repository.
+
+        Options are those of `huggingface_hub.ModelHubMixin.save_pretrained`, such as `model_card_kwargs={"license":
+        "cc-by-4.0"}` (`hub.model_card`).
+        """
+        from scott_sparse.model.hub import HubEncoder
+
+        HubEncoder(self, Path(folder).name).save_pretrained(folder, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes to a repository `owner/name`, which is made if there is none.
+
+        Options are those of `huggingface_hub.ModelHubMixin.push_to_hub`. Returns the address of the commit.
+        """
+        from scott_sparse.model.hub import HubEncoder
+
+        return HubEncoder(self, repo_id).push_to_hub(repo_id, **options)
+
+    @property
+    def num_features(self) -> int:
+        """Width D of the features, under the name that it has in timm."""
+        return self.config.dim
+
+    def forward_features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B N D"]:
+        """Features of whole images, under timm's name. There is no head: it is what `forward` returns."""
+        return self(images)
+
+    def forward_intermediates(
+        self,
+        images: Float[Tensor, "B C H W"],
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Float[Tensor, "B N D"], list[Tensor]]:
+        """Features after some blocks as maps (B, D, h, w), or (B, N, D) with output_fmt "NLC"; arguments as in timm.
+
+        `indices`: the last so many blocks, all if None, or those of a sequence, where -1 is the last; maps are in the
+        order of the blocks. `norm`: apply to each the LayerNorm without affine parameters that targets and probes see.
+        Returns (features of the last block, maps), or the maps alone. Raises ValueError for blocks that do not exist.
+        """
+        depth = self.config.depth
+        asked = range(-depth, 0) if indices is None else range(-indices, 0) if isinstance(indices, int) else indices
+        if not asked or not all(-depth <= i < depth for i in asked):
+            raise ValueError(f"indices is {indices}; expected 1 to {depth}, or some of -{depth} to {depth - 1}.")
+        chosen = sorted({range(depth)[i] for i in asked})
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt is {output_fmt!r}; expected 'NCHW' or 'NLC'.")
+        h, w = self.tokenizer.grid(images)
+        blocks = self.last_blocks(images, depth - chosen[0])
+        maps = [layer_norm(blocks[i - depth]) if norm else blocks[i - depth] for i in chosen]
+        if output_fmt == "NCHW":
+            maps = [rearrange(x, "b (h w) d -> b d h w", h=h, w=w) for x in maps]
+        return maps if intermediates_only else (blocks[-1], maps)
 
     def pooled(
         self, images: Float[Tensor, "B C H W"], *, size: tuple[int, int] | None = None, crops: int = 1
@@ -145,7 +241,7 @@ class Encoder(nn.Module):
     ) -> list[Float[Tensor, "B N D"]]:
         """Features of whole images after each of the last `count` blocks, in the order of the blocks."""
         tokens = self.tokenizer(images)
-        return self.transformer.last_blocks(tokens, positions(self.tokenizer.grid(images), tokens, span), count)
+        return self.transformer.last_blocks(tokens, self.positions(images, tokens, span), count)
 
     def last_attention(
         self, images: Float[Tensor, "B C H W"], span: tuple[int, int] | None = None
@@ -171,15 +267,19 @@ class Encoder(nn.Module):
         Every image must have the same number n of visible patches, as `draw_visible` gives; ValueError otherwise.
         """
         tokens, where = self.tokenizer.packed_by_image(images, visible, count=count)
-        return self.transformer(tokens, positions(self.tokenizer.grid(images), tokens, span)[where])
+        return self.transformer(tokens, self.positions(images, tokens, span)[where])
 
 
 class Predictor(nn.Module):
-    """A Transformer of `depth` blocks on the context features of all N patches, then SiLU, LayerNorm, Linear."""
+    """A Transformer of `depth` blocks on the context features of all N patches, then SiLU, LayerNorm, Linear.
+
+    Its blocks and positions are those of the paper whatever the encoder's are.
+    """
 
     def __init__(self, config: EncoderConfig, depth: int):
         super().__init__()
-        self.transformer = Transformer(dataclasses.replace(config, depth=depth), first_layer=config.depth + 1)
+        own = dataclasses.replace(config, depth=depth, block="paper", position_grid=0)
+        self.transformer = Transformer(own, first_layer=config.depth + 1)
         self.head = nn.Sequential(nn.SiLU(), nn.LayerNorm(config.dim), init_linear(nn.Linear(config.dim, config.dim)))
 
     def forward(
@@ -211,6 +311,7 @@ class Transformer(nn.Module):
                 if first_layer > 1:
                     last.weight.data /= math.sqrt(2 * (layer + first_layer))
         self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(config.dim, eps=PRE_NORM_EPS) if config.block == "pre-norm" else None
 
     def forward(self, tokens: Float[Tensor, "B n D"], pos: Float[Tensor, "*B n D"]) -> Float[Tensor, "B n D"]:
         return self.last_blocks(tokens, pos, 1)[0]
@@ -228,21 +329,31 @@ class Transformer(nn.Module):
         outputs = []
         for layer, block in enumerate(self.blocks):
             x = block(x)
+            if self.norm is not None and layer == len(self.blocks) - 1:
+                x = self.norm(x)
             if layer >= len(self.blocks) - count:
                 outputs.append(x[:, registers:])
         return outputs
 
 
 class Block(nn.Module):
-    """x = x + attention(LN(x)); x = LN(x); x = x + ffn(x): as in the paper's code, not the usual pre-norm."""
+    """x = x + attention(LN(x)); x = LN(x); x = x + ffn(x): as in the paper's code, not the usual pre-norm.
+
+    With `block="pre-norm"`: x = x + attention(LN(x)); x = x + ffn(LN(x)), with biases, as in timm's VisionTransformer.
+    No LayerNorm is affine: weights of one are a part of the linear layer that follows.
+    """
 
     def __init__(self, config: EncoderConfig, drop_path: float):
         super().__init__()
+        self.pre_norm = config.block == "pre-norm"
         self.attention = Attention(config)
-        self.ffn = SwiGLU(config.dim) if config.ffn == "swiglu" else MLP(config.dim, config.mlp_ratio)
+        self.ffn = SwiGLU(config.dim) if config.ffn == "swiglu" else MLP(config.dim, config.mlp_ratio, self.pre_norm)
         self.drop_path = drop_path
 
     def forward(self, x: Float[Tensor, "B n D"]) -> Float[Tensor, "B n D"]:
+        if self.pre_norm:
+            x = x + self._drop(self.attention(layer_norm(x, PRE_NORM_EPS)))
+            return x + self._drop(self.ffn(layer_norm(x, PRE_NORM_EPS)))
         x = x + self._drop(self.attention(layer_norm(x)))
         x = layer_norm(x)
         return x + self._drop(self.ffn(x))
@@ -255,13 +366,14 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (arXiv 1706.03762) without biases."""
+    """Multi-head self-attention (arXiv 1706.03762); with biases in blocks of the kind "pre-norm" only."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.heads, self.attention_dropout = config.heads, config.attention_dropout
-        self.qkv = init_linear(nn.Linear(config.dim, 3 * config.dim, bias=False))
-        self.proj = init_linear(nn.Linear(config.dim, config.dim, bias=False))
+        bias = config.block == "pre-norm"
+        self.qkv = init_linear(nn.Linear(config.dim, 3 * config.dim, bias=bias))
+        self.proj = init_linear(nn.Linear(config.dim, config.dim, bias=bias))
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Float[Tensor, "B n D"]) -> Float[Tensor, "B n D"]:
@@ -342,20 +454,20 @@ def check_swiglu(dim: int, heads: int) -> None:
 
 
 class MLP(nn.Module):
-    """Linear, GELU, linear, without biases; hidden width ratio * D."""
+    """Linear, GELU, linear; hidden width ratio * D."""
 
-    def __init__(self, dim: int, ratio: float):
+    def __init__(self, dim: int, ratio: float, bias: bool):
         super().__init__()
-        self.fused = init_linear(nn.Linear(dim, int(ratio * dim), bias=False))
-        self.out = init_linear(nn.Linear(int(ratio * dim), dim, bias=False))
+        self.fused = init_linear(nn.Linear(dim, int(ratio * dim), bias=bias))
+        self.out = init_linear(nn.Linear(int(ratio * dim), dim, bias=bias))
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         return self.out(F.gelu(self.fused(x)))
 
 
-def layer_norm(x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+def layer_norm(x: Float[Tensor, "*B D"], eps: float = 1e-5) -> Float[Tensor, "*B D"]:
     """LayerNorm over D without affine parameters."""
-    return F.layer_norm(x, x.shape[-1:])
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
 def positions(

@@ -9,33 +9,39 @@ predictor, in `predictor.safetensors` and `predictor.json` (`load_predictor`).
 """
 
 import dataclasses
+import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 
 from scott_sparse.files import load_strictly, read_json, tensors_to_bytes, write_atomically, write_json
 from scott_sparse.model.jepa import MIMJEPA, ObjectiveConfig
 from scott_sparse.model.preprocess import Preprocess
-from scott_sparse.model.vit import Encoder, EncoderConfig
+from scott_sparse.model.vit import Encoder, EncoderConfig, Predictor, SwiGLU, positions
 from scott_sparse.shapes import Tensor
 
 WEIGHTS = {"target": "encoder.safetensors", "context": "context.safetensors"}
 CONFIG = "encoder.json"
 PREDICTOR, PREDICTOR_CONFIG = "predictor.safetensors", "predictor.json"
 
-_FROM_PAPER = (  # (pattern in the paper's state dict, our name)
-    (r"tokenizer\.tokenizer\.0\.weight", "tokenizer.kernels.0"),
-    (r"tokenizer\.tokenizer\.3\.weight", "tokenizer.kernels.1"),
-    (r"tokenizer\.proj\.(weight|bias)", r"tokenizer.proj.\1"),
-    (r"transformer\.msk_embed", "mask_token"),
-    (r"transformer\.reg_embed", "transformer.registers"),
-    (r"transformer\.blocks\.(\d+)\.self_attn\.(qkv|proj)\.weight", r"transformer.blocks.\1.attention.\2.weight"),
-    (r"transformer\.blocks\.(\d+)\.ffn_layer\.(?:w12|linear1)\.weight", r"transformer.blocks.\1.ffn.fused.weight"),
-    (r"transformer\.blocks\.(\d+)\.ffn_layer\.last_linear\.weight", r"transformer.blocks.\1.ffn.out.weight"),
-    (r"head\.([12])\.(weight|bias)", r"head.\1.\2"),
-)
+# Names of the paper's code and of this package; # stands for the number of a block.
+_PAPER_NAMES = {
+    "tokenizer.tokenizer.0.weight": "tokenizer.kernels.0",
+    "tokenizer.tokenizer.3.weight": "tokenizer.kernels.1",
+    "tokenizer.proj.weight": "tokenizer.proj.weight",
+    "tokenizer.proj.bias": "tokenizer.proj.bias",
+    "transformer.msk_embed": "mask_token",
+    "transformer.reg_embed": "transformer.registers",
+    "transformer.blocks.#.self_attn.qkv.weight": "transformer.blocks.#.attention.qkv.weight",
+    "transformer.blocks.#.self_attn.proj.weight": "transformer.blocks.#.attention.proj.weight",
+    "transformer.blocks.#.ffn_layer.w12.weight": "transformer.blocks.#.ffn.fused.weight",  # SwiGLU
+    "transformer.blocks.#.ffn_layer.linear1.weight": "transformer.blocks.#.ffn.fused.weight",  # MLP
+    "transformer.blocks.#.ffn_layer.last_linear.weight": "transformer.blocks.#.ffn.out.weight",
+    **{f"head.{layer}.{kind}": f"head.{layer}.{kind}" for layer in (1, 2) for kind in ("weight", "bias")},
+}
 
 
 def save_encoder(
@@ -52,9 +58,10 @@ def save_encoder(
     write_json(folder / CONFIG, {**dataclasses.asdict(encoder.config), **entry})
 
 
-def load_encoder(source: str | Path, *, weights: str = "target", engine: str = "auto") -> Encoder:
+def load_encoder(source: str | Path, *, weights: str = "target", engine: str = "auto", **hub_options: Any) -> Encoder:
     """The "target" or "context" encoder of a run folder, or of a Hub repository `owner/name`, in eval mode on the CPU.
 
+    `hub_options` are those of `huggingface_hub.snapshot_download`, such as `revision`, `token` and `cache_dir`.
     Raises ValueError where there is none, and where names, shapes or dtypes do not match the config: no parameter keeps
     a random value. The files need not be trusted, nothing in them is executed (`scott_sparse.files`).
     """
@@ -62,7 +69,7 @@ def load_encoder(source: str | Path, *, weights: str = "target", engine: str = "
     if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not folder.parent.is_dir():
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(str(source), allow_patterns=[WEIGHTS[weights], CONFIG]))
+        folder = Path(snapshot_download(str(source), allow_patterns=[WEIGHTS[weights], CONFIG], **hub_options))
     for name in (WEIGHTS[weights], CONFIG):
         if not (folder / name).is_file():
             raise ValueError(f"no encoder in {source}: expected {WEIGHTS[weights]} and {CONFIG}; {name} is missing.")
@@ -70,6 +77,7 @@ def load_encoder(source: str | Path, *, weights: str = "target", engine: str = "
     with torch.device("meta"):  # a config may claim any size; memory is allocated for weights that are there
         encoder = Encoder(config, engine=engine)
     load_strictly(encoder, folder / WEIGHTS[weights])
+    encoder.run = folder
     if (entry := read_json(folder / CONFIG).get("preprocess")) is not None:
         try:
             encoder.preprocess = Preprocess.from_json(entry)
@@ -133,21 +141,64 @@ def read_config(path: Path) -> EncoderConfig:
     return EncoderConfig(**fields)
 
 
-def from_paper_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def from_paper_checkpoint(state: Mapping[str, Tensor] | str | Path) -> dict[str, Tensor]:
     """A state dict of the paper's code (context encoder, target encoder or predictor) under the names of this package.
 
-    Dropped: positions, which are computed here, and the predictor's unused `msk_embed`. Raises ValueError for a name
-    that the paper's code does not have.
+    `state` may be the path of its `.pth` file, which is read without executing what it may hold. Dropped: positions,
+    which are computed here, and the predictor's unused `msk_embed`. Raises ValueError for a name that the paper's code
+    does not have, and for a file that holds no state dict.
     """
+    if isinstance(state, str | Path):
+        path = state
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = " ".join(str(error).split())[:150]
+            raise ValueError(f"{path} is no file of tensors that torch.load reads safely: {reason}.") from None
+        if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            names = ", ".join(map(repr, state))[:150] if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"{path} holds no state dict but {names}; give the part that is one.")
     is_predictor = any(name.startswith("head.") for name in state)
     renamed = {}
     for name, tensor in state.items():
         if name == "transformer.pos_embed" or (is_predictor and name == "transformer.msk_embed"):
             continue
-        for pattern, ours in _FROM_PAPER:
-            if re.fullmatch(pattern, name):
-                renamed[re.sub(pattern, ours, name)] = tensor
-                break
-        else:
+        ours = _PAPER_NAMES.get(_BLOCK.sub(".#.", name))
+        if ours is None:
             raise ValueError(f"{name!r} is no tensor of the paper's checkpoints (SCOTT or ViT with MIM-JEPA).")
+        renamed[_with_number(ours, name)] = tensor
     return renamed
+
+
+def to_paper_checkpoint(module: Encoder | Predictor, grid: tuple[int, int]) -> dict[str, Tensor]:
+    """The state dict of an encoder or predictor under the names of the paper's code, which `torch.save` writes.
+
+    With it the positions of a patch grid (h, w), which that code keeps among its weights, and for a predictor its
+    unused `msk_embed`, as zeros. Raises ValueError for what that code has no name for.
+    """
+    if isinstance(module, Encoder) and module.config.tokenizer == "scott" and module.config.patch_size != 16:
+        raise ValueError(f"patch_size {module.config.patch_size} has no stem in the paper's code; expected 16.")
+    state = module.state_dict()
+    is_swiglu = any(isinstance(part, SwiGLU) for part in module.modules())
+    names = {ours: paper for paper, ours in _PAPER_NAMES.items() if ("linear1" if is_swiglu else "w12") not in paper}
+    renamed = {}
+    for name, tensor in state.items():
+        paper = names.get(_BLOCK.sub(".#.", name))
+        if paper is None:
+            raise ValueError(f"{name} has no counterpart in the paper's code (SCOTT or ViT with MIM-JEPA).")
+        renamed[_with_number(paper, name)] = tensor
+    width = state["transformer.blocks.0.attention.proj.weight"].shape[0]
+    registers = state["transformer.registers"].shape[1] if "transformer.registers" in state else 0
+    like = torch.empty(0, width)
+    renamed["transformer.pos_embed"] = torch.cat([torch.zeros(registers, width), positions(grid, like)])
+    renamed.setdefault("transformer.msk_embed", torch.zeros(1, 1, width))
+    return renamed
+
+
+_BLOCK = re.compile(r"\.\d+\.(?=self_attn|attention|ffn)")
+
+
+def _with_number(name: str, other: str) -> str:
+    """`name`, with # replaced by the number of the block that `other` is in."""
+    number = _BLOCK.search(other)
+    return name.replace(".#.", number[0]) if number else name

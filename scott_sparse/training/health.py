@@ -33,7 +33,7 @@ class Health:
     knn_pixels: float | None = None
     """k-NN accuracy of raw pixels on the same images, in per cent; the same in all reports of a run."""
     knn_untrained: float | None = None
-    """That of the encoder at step 0; None if there was no report then."""
+    """That of the encoder at step 0, which is untrained but with --init; None if there was no report then."""
 
 
 def rankme(features: Float[Tensor, "n C"]) -> float:

@@ -100,7 +100,8 @@ class OnlineReport:
         warmup = self.run.schedules.warmup_steps / self.run.steps_per_epoch
         remedy = what_to_try(self.run.recipe, len(self.run.data.pretrain))
         until = (self.reports[: i + 1] for i in range(len(self.reports)))
-        verdicts = [verdict(reports, warmup_epochs=warmup, remedy=remedy) for reports in until]
+        start = self.run.recipe.start_name
+        verdicts = [verdict(reports, warmup_epochs=warmup, remedy=remedy, start=start) for reports in until]
         self.verdict = verdicts[-1]
         rows = [{**dataclasses.asdict(report), "verdict": words} for report, words in zip(self.reports, verdicts)]
         try:
@@ -154,7 +155,8 @@ class OnlineReport:
 
     def line(self, health: Health) -> str:
         """A report as it is printed: k-NN beside its baselines, and where it looks at a sample of the images."""
-        baselines = {"pixels": health.knn_pixels, "untrained": health.knn_untrained if health.epoch else None}
+        untrained = health.knn_untrained if health.epoch else None
+        baselines = {"pixels": health.knn_pixels, self.run.recipe.start_name: untrained}
         notes = [f"{name} {accuracy:.1f}" for name, accuracy in baselines.items() if accuracy is not None]
         about = f" ({', '.join([*notes, *self.sampled])})" if notes or self.sampled else ""
         knn = f"k-NN on val {health.knn:.1f} ± {health.knn_error:.1f} %{about}, " if self.queries else ""

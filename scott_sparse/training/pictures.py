@@ -38,6 +38,7 @@ from scott_sparse.evaluation.visualize import (
     unscaled,
 )
 from scott_sparse.files import load_strictly, read_json, write_atomically
+from scott_sparse.model.pretrained import open_start
 from scott_sparse.model.vit import Encoder
 from scott_sparse.model.weights import WEIGHTS, load_encoder
 from scott_sparse.randomness import batch_indices
@@ -103,7 +104,7 @@ def bank_of(data: Data) -> Images:
 def draw_learned(
     out: Path, recipe: Recipe, data: Data, encoders: Mapping[str, Encoder], features: Features, *, note: str = ""
 ) -> None:
-    """Write tokens.png, and what the encoders "untrained" and "pretrained" see.
+    """Write tokens.png, and what the encoders see, of which one is called "pretrained".
 
     `features` are the pretrained encoder's of `bank_of` the data. Raises OSError if the disk is full.
     """
@@ -178,19 +179,22 @@ def draw_again(out: Path, *, data: str | None = None, every: bool = False) -> No
         draw_views(out, recipe, images)
     if "isolated" not in missing:  # the last that is drawn
         return
+    start = open_start(recipe.init) if recipe.init else None
     torch.manual_seed(recipe.seed)  # as in train/pretrain.py, where the encoder is made first
-    untrained = Encoder(recipe.encoder)
+    initial = Encoder(start.config(recipe.encoder) if start else recipe.encoder)
+    if start:
+        start.load_into(initial)
     if checkpoint:
-        pretrained = Encoder(recipe.encoder)
+        pretrained = Encoder(initial.config)
         load_strictly(pretrained, checkpoint / "target.safetensors")
         pretrained.preprocess = preprocess_of(recipe, images.pretrain)
     else:
         pretrained = load_encoder(out)
-    untrained.preprocess = pretrained.preprocess
+    initial.preprocess = pretrained.preprocess
     features = extract(FrozenEncoder(pretrained), bank_of(images), size=recipe.sides)
     assert features is not None  # there is one process
     note = f"By the checkpoint after step {step_of(checkpoint):,}." if checkpoint else ""
-    draw_learned(out, recipe, images, {"untrained": untrained, "pretrained": pretrained}, features, note=note)
+    draw_learned(out, recipe, images, {recipe.start_name: initial, "pretrained": pretrained}, features, note=note)
 
 
 def others(features: Float[Tensor, "n C"], k: int) -> tuple[Float[Tensor, "n m"], Int[Tensor, "n m"]]:

@@ -13,6 +13,7 @@ from scott_sparse.data.views import ViewConfig
 from scott_sparse.model.engines import check_engine
 from scott_sparse.model.jepa import MIMJEPA, ObjectiveConfig
 from scott_sparse.model.masks import visible_count
+from scott_sparse.model.pretrained import Start
 from scott_sparse.model.tokenizer import patches_along
 from scott_sparse.model.vit import EncoderConfig
 from scott_sparse.training.optim import Schedules
@@ -35,6 +36,10 @@ class Recipe:
     that fits is then taken. On a CPU it is small-data, whatever it takes."""
     seed: int = 0
     """Seed of everything random: first weights, order of the images, crops, masks, dropout."""
+    init: str | None = None
+    """Weights to start from instead of new ones: timm:NAME, a safetensors file of a ViT of timm, or a run (its folder,
+    encoder.safetensors or Hub repository). --size must fit; blocks and positions are then those of the start. Use a
+    lower --lr than for new weights."""
 
     # The model.
     image_size: int | tuple[int, int] = 224
@@ -217,10 +222,18 @@ class Recipe:
         values = {name: getattr(self, name) for name in (*fields, *rates)}
         return EncoderConfig.named(self.size, in_channels=self.source.selection.channels, **values)
 
-    def model(self, *, engine: str | None = None) -> MIMJEPA:
-        """The model with new weights, from torch's global generator. `engine` None: that of the recipe."""
+    @property
+    def start_name(self) -> str:
+        """What reports call the encoder before its first step."""
+        return "start" if self.init else "untrained"
+
+    def model(self, *, engine: str | None = None, start: Start | None = None) -> MIMJEPA:
+        """The model with new weights, from torch's global generator, for those of `start` to be loaded into.
+
+        `engine` None: that of the recipe. Raises ValueError for a start of another size.
+        """
         return MIMJEPA(
-            self.encoder,
+            start.config(self.encoder) if start else self.encoder,
             self.objective,
             plain_crops=self.views.plain_crops,
             engine=engine or self.engine,

@@ -27,6 +27,7 @@ from scott_sparse.files import write_json
 from scott_sparse.model.jepa import MIMJEPA, make_target
 from scott_sparse.model.losses import draw_projections
 from scott_sparse.model.preprocess import Preprocess
+from scott_sparse.model.pretrained import open_start
 from scott_sparse.model.tokenizer import TOKENIZERS
 from scott_sparse.model.vit import Encoder
 from scott_sparse.model.weights import save_encoder, save_predictor
@@ -206,9 +207,12 @@ def prepare_run(name: str, recipe: Recipe) -> Run:
     if recipe.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix is multiplied
         torch.use_deterministic_algorithms(True)
+    start = on_all_processes(lambda: open_start(recipe.init) if recipe.init else None)
     set_seed(recipe.seed)
-    model = recipe.model()
+    model = recipe.model(start=start)
     model.encoder.preprocess = preprocess_of(recipe, data.pretrain)
+    if start:
+        console.print(start.load_into(model.encoder), highlight=False, soft_wrap=True)
     return Run(name, recipe, out, accelerator, data, model, engine, console, None, FileLock(out / ".lock"), started)
 
 

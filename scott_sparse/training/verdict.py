@@ -31,13 +31,15 @@ def advice(words: str) -> str:
     return next((text for start, text in ADVICE.items() if words.startswith(start)), "")
 
 
-def verdict(reports: Sequence[Health], *, warmup_epochs: float = 0.0, remedy: str = "") -> str:
+def verdict(
+    reports: Sequence[Health], *, warmup_epochs: float = 0.0, remedy: str = "", start: str = "untrained"
+) -> str:
     """Either "starting", "learning", or "stalled", "collapsing" or "worse than" a baseline with more, in one line.
 
     Collapsing: the features of all images are equal, or RankMe is below a quarter of its highest value in this run.
-    Worse than untrained, or than raw pixels: k-NN was so in the last two reports, both after warm-up, and is not at a
-    new height; `remedy` (`what_to_try`) follows. Before that, such a run is starting. Stalled: in the last three
-    reports neither k-NN has improved by its standard error, nor LiDAR or the loss by one per cent.
+    Worse than untrained (`start` is its name), or than raw pixels: k-NN was so in the last two reports, both after
+    warm-up, and is not at a new height; `remedy` (`what_to_try`) follows. Before that, such a run is starting. Stalled:
+    in the last three reports neither k-NN has improved by its standard error, nor LiDAR or the loss by one per cent.
     """
     now, highest = reports[-1], max(reports, key=lambda report: report.rankme)
     if now.rankme < COLLAPSED_SHARE * highest.rankme:
@@ -46,8 +48,8 @@ def verdict(reports: Sequence[Health], *, warmup_epochs: float = 0.0, remedy: st
         return f"collapsing: the features of all images are equal (standard deviation {now.std:.2g})"
     settled = [report for report in reports[1:] if report.epoch > warmup_epochs][-SETTLED_REPORTS:]
     rising = len(reports) > 1 and _knn(now)[0] > sum(max(map(_knn, reports[:-1])))
-    worse = [] if rising else _worse_than(now)
-    lasting = [name for name in worse if all(name in _worse_than(report) for report in settled)]
+    worse = [] if rising else _worse_than(now, start)
+    lasting = [name for name in worse if all(name in _worse_than(report, start) for report in settled)]
     if lasting and len(settled) == SETTLED_REPORTS:
         return f"worse than {' and '.join(lasting)} so far{remedy}"
     if worse:
@@ -67,7 +69,9 @@ def verdict(reports: Sequence[Health], *, warmup_epochs: float = 0.0, remedy: st
     )
 
 
-def final_verdict(so_far: str, knn: Mapping[str, float | None], *, n: int, remedy: str) -> str:
+def final_verdict(
+    so_far: str, knn: Mapping[str, float | None], *, n: int, remedy: str, start: str = "untrained"
+) -> str:
     """The verdict on a finished run, by the verdict of its last report and the accuracies of `knn_report` on n images.
 
     Only a run that ends above both baselines is "learning".
@@ -75,7 +79,7 @@ def final_verdict(so_far: str, knn: Mapping[str, float | None], *, n: int, remed
     accuracy, untrained, pixels = (knn[name] for name in ("pretrained", "init", "pixels"))
     if accuracy is None or untrained is None or pixels is None or so_far.startswith("collapsing"):
         return so_far
-    baselines = {"untrained": untrained, "raw pixels": pixels}
+    baselines = {start: untrained, "raw pixels": pixels}
     worse = worse_than(baselines, accuracy, standard_error(accuracy, n))
     level = [name for name, baseline in baselines.items() if baseline >= accuracy and name not in worse]
     ranks = {"worse than": worse, "no better than": level}
@@ -93,8 +97,8 @@ def worse_than(baselines: Mapping[str, float | None], accuracy: float, error: fl
     return [name for name, other in baselines.items() if other is not None and other - accuracy > 2**0.5 * error]
 
 
-def _worse_than(report: Health) -> list[str]:
-    return worse_than({"untrained": report.knn_untrained, "raw pixels": report.knn_pixels}, *_knn(report))
+def _worse_than(report: Health, start: str) -> list[str]:
+    return worse_than({start: report.knn_untrained, "raw pixels": report.knn_pixels}, *_knn(report))
 
 
 def _knn(report: Health) -> tuple[float, float]:

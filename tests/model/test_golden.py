@@ -13,7 +13,7 @@ import torch
 from conftest import DEVICES
 from safetensors import safe_open
 
-from scott_sparse import MIMJEPA, EncoderConfig, ObjectiveConfig, from_paper_checkpoint
+from scott_sparse import MIMJEPA, EncoderConfig, ObjectiveConfig, from_paper_checkpoint, to_paper_checkpoint
 from scott_sparse.model import vit
 from scott_sparse.model.jepa import make_target, target_features, update_target
 from scott_sparse.training.optim import Schedules, adamw, set_schedules
@@ -90,6 +90,29 @@ def test_golden(path, engine, device, monkeypatch):
             tensor = module.state_dict()[name].double()
             assert tensor.norm().item() == pytest.approx(norm, rel=1e-4), name
             assert tensor.sum().item() == pytest.approx(total, rel=1e-4, abs=1e-4 * max(norm, 1)), name
+
+
+@pytest.mark.parametrize("part", ["context", "predictor"])
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+def test_back_to_the_papers_names(path, part, tmp_path, monkeypatch):
+    """A file of the paper's code is read, and written again with all of its tensors, positions included."""
+    monkeypatch.setattr(vit, "check_swiglu", lambda dim, heads: None)
+    with safe_open(path, "pt") as file:
+        case = json.loads(file.metadata()["case"])
+        theirs = under(f"{part}.", {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    torch.save(theirs, tmp_path / "theirs.pth")
+    model = build(case, "dense")
+    module = {"context": model.encoder, "predictor": model.predictor}[part]
+    module.load_state_dict(from_paper_checkpoint(tmp_path / "theirs.pth"))
+    side = int((len(theirs["transformer.pos_embed"]) - case["num_register_tokens"]) ** 0.5)
+    again = to_paper_checkpoint(module, (side, side))
+    assert again.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        if part == "predictor" and name == "transformer.msk_embed":  # it is not used
+            assert again[name].shape == tensor.shape
+        else:
+            torch.testing.assert_close(again[name], tensor, atol=1e-6, rtol=0)
 
 
 def build(case, engine):

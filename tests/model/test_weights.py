@@ -1,5 +1,6 @@
 """Encoders survive the disk, and a load that does not fit stops."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from conftest import TINY, engines_on
 from safetensors.torch import load_file, save_file
 
-from scott_sparse import Encoder, from_paper_checkpoint, load_encoder, save_encoder
+from scott_sparse import Encoder, from_paper_checkpoint, load_encoder, save_encoder, to_paper_checkpoint
 from scott_sparse.model.jepa import MIMJEPA, ObjectiveConfig
 from scott_sparse.model.weights import CONFIG, PREDICTOR_CONFIG, WEIGHTS, load_predictor, save_predictor
 
@@ -89,3 +90,22 @@ def test_missing_tensor_is_refused(saved):
 def test_a_strangers_checkpoint_is_refused():
     with pytest.raises(ValueError, match="no tensor of the paper's checkpoints"):
         from_paper_checkpoint({"backbone.conv1.weight": torch.zeros(1)})
+
+
+def test_a_strangers_file_is_not_executed(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit('executed')",))
+
+    for content, message in ((Malicious(), "reads safely"), ({"model": {}}, "no state dict but 'model'"), ([], "list")):
+        torch.save(content, tmp_path / "weights.pth")
+        with pytest.raises(ValueError, match=message):
+            from_paper_checkpoint(tmp_path / "weights.pth")
+    (tmp_path / "weights.pth").write_bytes(b"not a file of torch")
+    with pytest.raises(ValueError, match="reads safely"):
+        from_paper_checkpoint(str(tmp_path / "weights.pth"))
+
+
+def test_what_the_papers_code_does_not_have():
+    with pytest.raises(ValueError, match=r"patch_size 8 has no stem in the paper's code; expected 16"):
+        to_paper_checkpoint(Encoder(dataclasses.replace(TINY, patch_size=8)), (2, 2))

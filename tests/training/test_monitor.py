@@ -4,12 +4,16 @@ import json
 
 import pretrain
 import pytest
+import timm
 import torch
 from conftest import TINY_RUN, run_pretraining
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from scott_sparse import Encoder, EncoderConfig, save_encoder
 from scott_sparse.evaluation import report as final
+from scott_sparse.evaluation import subject
+from scott_sparse.model import pretrained as pretrained_weights
 from scott_sparse.training import monitor
 
 
@@ -158,3 +162,32 @@ def test_a_run_that_ends_below_its_start_says_so(tmp_path, pretrained, monkeypat
     assert printed.count("starting") == 2 and "learning" not in printed
     assert reports(out)[-1]["verdict"] == f"worse than untrained so far{remedy}"
     assert f"{reports(out)[-1]['verdict']} epoch" in printed and f"verdict: {words}" in printed
+
+
+@pytest.mark.parametrize("kind", ["timm", "run"])
+def test_a_run_that_starts_from_weights(kind, labelled, pretrained, tmp_path, monkeypatch):
+    """k-NN is watched against the start, which is the features of the weights that it was given."""
+    if kind == "timm":
+        shape = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 3}  # those of --size demo
+        monkeypatch.setattr(pretrained_weights, "HEAD_WIDTH", 32)
+        model = timm.create_model("vit_tiny_patch16_224", pretrained=False, **shape)
+        save_file(model.state_dict(), tmp_path / "vit.safetensors")
+        init, flags = tmp_path / "vit.safetensors", ("--tokenizer", "patch")
+    else:
+        init, flags = pretrained(labelled)[0] / "encoder.safetensors", ("--seed", 1)
+    flags = (*flags, "--init", init, "--lr", 1e-30, "--lr-start", 1e-30, "--lr-final", 1e-30)
+    out, printed, code = pretrained(labelled, *flags)
+    assert code is None and f"{init}: loaded tokenizer (" in printed
+    rows = reports(out)
+    assert f", start {rows[0]['knn']:.1f}), RankMe" in printed and "untrained" not in printed
+    assert "the start, " in printed and "encoder at initialisation" not in printed
+    start = subject.open_encoder(subject.ProbeConfig(run=str(out), init="random"))
+    assert start.name == "start"
+    for name, tensor in load_file(out / "encoder.safetensors").items():
+        torch.testing.assert_close(tensor, start.model.encoder.state_dict()[name], atol=1e-12, rtol=1e-6)
+
+
+def test_a_start_of_another_size(labelled, pretrained, tmp_path):
+    save_encoder(Encoder(EncoderConfig.named("demo", patch_size=8)), tmp_path / "general")
+    _, _, code = pretrained(labelled, "--init", tmp_path / "general", "--size", "tiny")
+    assert code.endswith("expected (192, 12, 3) as --size says: use --size demo.")

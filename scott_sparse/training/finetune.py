@@ -168,7 +168,7 @@ def run_finetune(config: FinetuneConfig) -> None:
     labelled = on_all_processes(lambda: open_labelled(config, subject))
     task = Task(config, subject, labelled)
     try:
-        runs = [train(task, lr) for lr in config.lr or (BASE_LR * BASE_WIDTH / task.encoder.config.dim,)]
+        runs = [train(task, lr) for lr in config.lr or (BASE_LR * (BASE_WIDTH / task.encoder.config.dim),)]
     except Interrupted as interruption:
         if rank() == 0:
             print(interruption)

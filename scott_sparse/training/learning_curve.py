@@ -41,7 +41,7 @@ class CurveConfig:
     shares: tuple[float, ...] = (1 / 8, 1 / 4, 1 / 2, 1.0)
     """Shares of the images to pretrain on, in (0, 1], increasing."""
     pretrain: str = ""
-    """More flags of train/pretrain.py, such as "--batch-size 32"."""
+    """More flags of train/pretrain.py, as in --pretrain="--batch-size 32"."""
 
     @property
     def data_flags(self) -> list[str]:
@@ -113,9 +113,10 @@ def run_curve(config: CurveConfig, scripts: Path) -> None:
     missing = sum(not is_finished(run) for run in runs)
     if missing:
         plan = script("train/pretrain.py", *flags, "--epochs", recipe.epochs, "--plan", stdout=subprocess.PIPE)
-        hours, minutes, seconds = map(int, re.findall(r"^time +(\d+):(\d+):(\d+)", plan, re.MULTILINE)[0])
-        time = show_time(missing * (3600 * hours + 60 * minutes + seconds))
-        print(f"plan: {missing} runs of {steps:,} steps take {time} (measured); then supervised training, and probes")
+        (found,) = re.findall(r"^time +(?:(\d+) days?, )?(\d+):(\d+):(\d+)", plan, re.MULTILINE)
+        each = sum(unit * int(number or 0) for unit, number in zip((86400, 3600, 60, 1), found))
+        time = f"{missing} runs of {steps:,} steps take {show_time(missing * each)}"
+        print(f"plan: {time} by a few measured steps; then supervised training, and probes", flush=True)
     for share, count, run in zip(config.shares, counts, runs):
         if not is_finished(run):
             epochs = steps / (count // recipe.batch_size)
@@ -159,7 +160,9 @@ def answer(points: Sequence[Point], untrained: Point, supervised: Point) -> str:
     before = points[-2]
     gain, margin = last.top1 - before.top1, math.hypot(last.margin, before.margin)
     verdict = "more images would help" if gain > margin else "more images would not help measurably"
-    return f"{start}; from {before.images:,} to {last.images:,} it gained {gain:.1f} (± {margin:.1f}): {verdict}."
+    return (
+        f"{start}; from {before.images:,} to {last.images:,} images it gained {gain:.1f} (± {margin:.1f}): {verdict}."
+    )
 
 
 def draw(path: Path, points: Sequence[Point], untrained: Point, supervised: Point) -> None:

@@ -18,7 +18,7 @@ PRETRAIN = " ".join(map(str, TINY_RUN[: TINY_RUN.index("--epochs")])) + " --repo
 
 def flags(data, out, *more):
     cache = ["--cache-dir", out.parent / "cache", "--data", data, "--out", out]
-    return list(map(str, [*cache, "--pretrain", PRETRAIN, "--epochs", 1, *more]))
+    return list(map(str, [*cache, f"--pretrain={PRETRAIN}", "--epochs", 1, *more]))
 
 
 def refusal(monkeypatch, *arguments):

@@ -6,10 +6,11 @@
     python benchmarks/evidence.py --tables                                     # of what has been run already
 
 DIR holds the folders grocery160, imagenette160, cifar12k, fashion12k and pets_sample; petals are drawn. A cell trains
-with train/pretrain.py (or benchmarks/supervised.py) and is judged by eval/knn.py, eval/linear.py and eval/attentive.py,
-each in a process of its own with one thread. All cells of a bench see the same number of images, counted with
-repetition. A finished cell is one line of benchmarks/runs/evidence.jsonl and is not run again; a cell that was killed
-continues from its checkpoint. Clean protocol: every setting is chosen on val, test is read once by the choice.
+with train/pretrain.py (supervised: eval/finetune.py --from-scratch, whose epoch is chosen on val) and is judged by
+eval/knn.py, eval/linear.py and eval/attentive.py, each in a process of its own with one thread. All cells of a bench
+see the same number of images, counted with repetition. A finished cell is one line of benchmarks/runs/evidence.jsonl
+and is not run again; a cell that was killed continues from its checkpoint. Clean protocol: every setting is chosen on
+val, test is read once by the choice.
 """
 
 import concurrent.futures
@@ -153,15 +154,20 @@ def train_and_probe(cell: Cell, out: Path, data: list[str], source: list[str]) -
         name, data = "flowers102", [*PUBLISHED, *data]
     flags = [name, *data, "--seed", cell.seed, "--out", out]
     summary = out / "summary.json"  # there where the probes of a cell were cut short
-    if not summary.exists() and not cell.is_trained:  # a baseline needs a run folder for size, model and seed only
+    supervised = cell.name == "supervised"
+    if not summary.exists() and (supervised or not cell.is_trained):  # needs a run folder for size, model and seed only
         script("train/pretrain.py", *flags, "--epochs", 0.001, "--batch-size", 8, "--report-every", 0)
     elif not summary.exists():
         epochs, steps = length(cell, source)
         kept = max(steps // cell.points, 1)
         keep = ["--save-every", kept, "--keep-every", kept] if cell.points > 1 else []
         warmup = ["--warmup-epochs", 40 / 300 * epochs] if cell.name == "published objective" else []
-        run = "benchmarks/supervised.py" if cell.name == "supervised" else "train/pretrain.py"
-        script(run, *flags, "--epochs", epochs, "--report-every", 0, *keep, *warmup, *changes)
+        script("train/pretrain.py", *flags, "--epochs", epochs, "--report-every", 0, *keep, *warmup, *changes)
+    if supervised:
+        epochs, _ = length(cell, source, "train")
+        script("eval/finetune.py", out, *source, "--from-scratch", "--seed", cell.seed, "--epochs", epochs)
+        (out,) = out.glob("eval/finetune/*")  # a run folder too
+        summary = out / "summary.json"
     init = {"pixels": ["--init", "pixels"], "untrained": ["--init", "random"]}.get(cell.name, [])
     about = json.loads(summary.read_text())
     rows = []
@@ -177,10 +183,10 @@ def train_and_probe(cell: Cell, out: Path, data: list[str], source: list[str]) -
     return rows
 
 
-def length(cell: Cell, source: list[str]) -> tuple[float, int]:
-    """Epochs and optimizer steps in batches of 64 that see `cell.images` images."""
+def length(cell: Cell, source: list[str], role: str = "pretrain") -> tuple[float, int]:
+    """Epochs of the images in a role, and optimizer steps in batches of 64, that see `cell.images` images."""
     _, recipe = parse(["small-data", *source])
-    count = len(open_data(recipe.source, short_side=short_side_for(recipe.sides)).pretrain)
+    count = len(getattr(open_data(recipe.source, short_side=short_side_for(recipe.sides)), role))
     steps = round(cell.images / recipe.batch_size)
     return steps / (count // recipe.batch_size), steps
 

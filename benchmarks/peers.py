@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -203,7 +204,8 @@ METHODS: dict[str, Callable[[int], ImageEncoder | Method]] = {
     "supervised-resnet18-small-stem": lambda classes: Supervised(ResNet18(small_stem=True), classes),
     "simclr-resnet18-small-stem-plain": lambda _: SimCLR(ResNet18(small_stem=True), **PLAIN, gaussian_blur=0.0),
 }
-NAMES = (*METHODS, "small-data")  # the recipe of train/pretrain.py
+SCRIPTS = ("supervised-scott", "small-data")  # eval/finetune.py --from-scratch, and the recipe of train/pretrain.py
+NAMES = (*METHODS, *SCRIPTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +264,7 @@ def run(settings: Settings, source: str, data: Data, name: str, seed: int) -> No
             images = data.train if isinstance(encoder, Supervised) else data.pretrain
             encoder, about = encoder.encoder, train(encoder, images, settings.seconds, seed)
     else:
-        encoder, about = train_small_data(settings, source, seed)
+        encoder, about = train_by_script(settings, source, seed, supervised=name == "supervised-scott")
     row = {**key, **probe(encoder, data), **about, "precision": "bf16", "commit": commit()}
     row["versions"] = {package: version(package) for package in ("torch", "timm", "lightly")}
     row["command"] = f"benchmarks/peers.py {key['data']} --only {name} --seeds {seed} --seconds {settings.seconds:g}"
@@ -293,30 +295,40 @@ def train(method: Method, images: Images, seconds: float, seed: int) -> dict:
     return {**about, "batch_size": batch, "lr": method.rate, "last_loss": round(loss.item(), 4)}
 
 
-def train_small_data(settings: Settings, source: str, seed: int) -> tuple[ImageEncoder, dict]:
-    """The same of train/pretrain.py, for as many epochs as use up the CPU time; short runs tell how many."""
+def train_by_script(settings: Settings, source: str, seed: int, *, supervised: bool) -> tuple[ImageEncoder, dict]:
+    """The same of a script of ours, for as many epochs as use up the CPU time; short runs tell how many."""
 
-    def pretrain(epochs: float) -> float:
-        """CPU seconds of a run."""
-        command = [sys.executable, ROOT / "train" / "pretrain.py", "small-data", "--data", source, "--image-size", SIZE]
-        command += ["--cache-dir", settings.cache_dir, "--seed", seed, "--report-every", 0]
-        command += ["--epochs", epochs, "--out", out, "--overwrite"]
+    def cpu_seconds(script: str, *flags: object) -> float:
+        command = [sys.executable, ROOT / script, *flags, "--data", source, "--cache-dir", settings.cache_dir]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "bf16"}
         before = os.times()
-        subprocess.run(list(map(str, command)), env=environment, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(
+            list(map(str, [*command, "--seed", seed])), env=environment, stdout=subprocess.DEVNULL, check=True
+        )
         after = os.times()
         return after.children_user + after.children_system - before.children_user - before.children_system
 
+    def pretrain(epochs: float) -> float:
+        flags = ["--image-size", SIZE, "--report-every", 0, "--epochs", epochs, "--out", out, "--overwrite"]
+        return cpu_seconds("train/pretrain.py", "small-data", *flags)
+
+    def classify(epochs: float) -> float:
+        shutil.rmtree(out / "eval", ignore_errors=True)
+        return cpu_seconds("eval/finetune.py", out, "--from-scratch", "--epochs", epochs)
+
     with tempfile.TemporaryDirectory() as folder:
         out, short = Path(folder, "run"), 0.5
-        start_up = pretrain(0.001)
-        while (used := pretrain(short) - start_up) < settings.seconds / 10:  # the start alone varies by a second or two
+        start_up, train = pretrain(0.001), pretrain
+        if supervised:  # of a run, whose first weights are then trained
+            start_up, train = classify(0.001), classify
+        while (used := train(short) - start_up) < settings.seconds / 10:  # the start alone varies by a second or two
             short *= 3
         epochs = round(short * settings.seconds / used, 3)
-        about = {"epochs": epochs, "cpu_seconds": round(pretrain(epochs) - start_up, 1)}
-        summary, recipe = (json.loads((out / f"{name}.json").read_text()) for name in ("summary", "recipe"))
+        about = {"epochs": epochs, "cpu_seconds": round(train(epochs) - start_up, 1)}
+        (trained,) = out.glob("eval/finetune/*") if supervised else [out]
+        summary, recipe = (json.loads((trained / f"{name}.json").read_text()) for name in ("summary", "recipe"))
         about |= {"images_seen": summary["steps"] * recipe["batch_size"], "steps": summary["steps"]}
-        return FrozenEncoder(load_encoder(out)), about
+        return FrozenEncoder(load_encoder(trained)), about
 
 
 def probe(encoder: ImageEncoder, data: Data) -> dict:

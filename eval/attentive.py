@@ -11,11 +11,11 @@ import checkout  # noqa: F401 - first
 
 from scott_sparse.evaluation.attentive import fit_attentive
 from scott_sparse.evaluation.probe import run_probe
-from scott_sparse.evaluation.subject import ProbeConfig, run_script
+from scott_sparse.evaluation.subject import LabelBudgetConfig, run_script
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentiveConfig(ProbeConfig):
+class AttentiveConfig(LabelBudgetConfig):
     epochs: int = 100
     """Passes over the training features."""
     copies: int = 0

@@ -8,12 +8,12 @@ import checkout  # noqa: F401 - first
 
 from scott_sparse.evaluation.knn import fit_knn
 from scott_sparse.evaluation.probe import run_probe
-from scott_sparse.evaluation.subject import ProbeConfig, run_script
+from scott_sparse.evaluation.subject import LabelBudgetConfig, run_script
 
 
-def main(config: ProbeConfig) -> None:
+def main(config: LabelBudgetConfig) -> None:
     run_probe(config, "knn", fit_knn)
 
 
 if __name__ == "__main__":
-    run_script(ProbeConfig, main)
+    run_script(LabelBudgetConfig, main)

@@ -12,11 +12,11 @@ import checkout  # noqa: F401 - first
 
 from scott_sparse.evaluation.linear import fit_linear
 from scott_sparse.evaluation.probe import run_probe
-from scott_sparse.evaluation.subject import ProbeConfig, run_script
+from scott_sparse.evaluation.subject import LabelBudgetConfig, run_script
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearConfig(ProbeConfig):
+class LinearConfig(LabelBudgetConfig):
     solver: Literal["newton", "sgd"] = "newton"
     """newton: fit to the optimum for each of 15 L2 penalties. sgd: train with each of 13 learning rates."""
     epochs: int = 100

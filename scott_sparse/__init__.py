@@ -12,7 +12,7 @@ Reading order:
     data/        sources, decode, dataset, views, batches
     training/    recipe, optim, run, then the loop itself, train/pretrain.py; checkpoint, resume, saver, log;
                  health, verdict and monitor; record, charts, pictures and html_report (report.html); choice and plan
-                 (--plan)
+                 (--plan); finetune and learning_curve
     evaluation/  encoders, features, metrics, probe, then one file per probe; the scripts are in eval/
 files, distributed, shapes and randomness are used by all of them.
 """

@@ -87,18 +87,17 @@ def run_anomaly(config: AnomalyConfig) -> None:
     if not state.is_main_process:
         return
     encoder, folders = open_encoder(config), {name: getattr(config, name) for name in PATHS}
-    inspection = open_inspection(config.source, **folders, short_side=short_side_for(encoder.size))
+    source = encoder.source(config.source)
+    inspection = open_inspection(source, **folders, short_side=short_side_for(encoder.size))
     data = inspection.data
     assert data.test is not None
     if len(data.train) < HELD_OUT:
         raise ValueError(f"{len(data.train)} good images are too few; {HELD_OUT} or more are needed, better 50.")
 
-    def reopen(source: DataConfig, *, short_side: int) -> Data:
-        return open_inspection(source, **folders, short_side=short_side).data
+    def reopen(again: DataConfig, *, short_side: int) -> Data:
+        return open_inspection(again, **folders, short_side=short_side).data
 
-    config = dataclasses.replace(
-        config, source=dataclasses.replace(config.source, data=config.source.data or str(config.test))
-    )
+    config = dataclasses.replace(config, source=dataclasses.replace(source, data=source.data or str(config.test)))
     pretrained_on = count_pretrained_test_images(encoder, config.source, data, reopen=reopen)
     masks = _masks(inspection, data.test, encoder.size)
     number = torch.arange(len(data.train))

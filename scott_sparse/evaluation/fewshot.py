@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
+from scott_sparse.evaluation.labels import draw_shots
 from scott_sparse.evaluation.linear import Scale, fit_newton
 from scott_sparse.evaluation.metrics import Scores, score
 from scott_sparse.evaluation.probe import ProbeConfig, load_probe_data, write_result
 from scott_sparse.evaluation.report import make_table
-from scott_sparse.randomness import generator_at
-from scott_sparse.shapes import Int, Tensor
 
 SHOTS = (1, 5, 10)
 DRAWS = 5
@@ -33,7 +32,7 @@ def run_few_shot(config: ProbeConfig) -> None:
     train, test = scale(data.train.mean), scale(data.test.mean)
 
     def scores_of(shots: int, draw: int) -> Scores:
-        rows = draw_shots(labels, shots, draw)
+        rows = draw_shots(labels, torch.full((classes,), shots), draw)
         (layer,) = fit_newton(train[rows], labels[rows], classes=classes, penalties=(1 / len(rows),))
         return score(F.linear(test, *layer), data.test_labels)
 
@@ -49,12 +48,6 @@ def run_few_shot(config: ProbeConfig) -> None:
     ]
     title = f"few-shot on {data.encoder.name} features, {len(data.test_labels):,} test images, {DRAWS} draws"
     Console().print(make_table(title, ("labels per class", "top-1", "top-5", "mean per class"), rows))
-
-
-def draw_shots(labels: Int[Tensor, " n"], shots: int, draw: int) -> Int[Tensor, " m"]:
-    """Indices of the first `shots` images of each class in a random order, so that five include the one of one shot."""
-    order = torch.randperm(len(labels), generator=generator_at("shots", draw))
-    return torch.cat([order[labels[order] == label][:shots] for label in labels.unique()])
 
 
 def _over_draws(values: list) -> dict | None:

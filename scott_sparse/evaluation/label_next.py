@@ -39,7 +39,8 @@ def choose_next(config: LabelNextConfig) -> None:
 
     Raises ValueError where fewer images than `count` can be chosen, and as `open_encoder` and `open_data`.
     """
-    encoder, source = open_encoder(config), config.source
+    encoder = open_encoder(config)
+    source = encoder.source(config.source)
     images = open_data(source, short_side=short_side_for(encoder.size)).pretrain
     labelled = torch.zeros(len(images), dtype=torch.bool)
     if config.keep_labelled:

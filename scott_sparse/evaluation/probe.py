@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -25,9 +25,16 @@ from scott_sparse.data.sources import printable
 from scott_sparse.distributed import process_state
 from scott_sparse.evaluation.encoders import fingerprint
 from scott_sparse.evaluation.features import FORMAT, Features, cached_features, extract
+from scott_sparse.evaluation.labels import draw_labels
 from scott_sparse.evaluation.metrics import Scores, check_finite, check_labels, score
 from scott_sparse.evaluation.report import draw_confusion, print_scores
-from scott_sparse.evaluation.subject import EncoderUnderTest, ProbeConfig, count_pretrained_test_images, open_encoder
+from scott_sparse.evaluation.subject import (
+    EncoderUnderTest,
+    LabelBudgetConfig,
+    ProbeConfig,
+    count_pretrained_test_images,
+    open_encoder,
+)
 from scott_sparse.files import write_json
 from scott_sparse.shapes import Float, Int, Tensor
 
@@ -45,8 +52,8 @@ class Probe(Protocol):
 
 
 @dataclass(frozen=True)
-class ProbeData:
-    """Features and labels of the three roles."""
+class LabelledData:
+    """An encoder, and images with labels in the three roles on which it may be evaluated."""
 
     encoder: EncoderUnderTest
     data: Data
@@ -54,27 +61,26 @@ class ProbeData:
     """See `count_pretrained_test_images`."""
     classes: tuple[str, ...]
     train_labels: Int[Tensor, " n"]
-    """With random crops of each image: in the order of `train`."""
+    """With random crops of each image: in the order of their features."""
     val_labels: Int[Tensor, " m"]
     test_labels: Int[Tensor, " t"]
+
+
+@dataclass(frozen=True)
+class ProbeData(LabelledData):
+    """And the features of the three roles."""
+
     train: Features
     val: Features
     test: Features
 
 
-def load_probe_data(config: ProbeConfig, *, tokens: bool = False, copies: int = 0) -> ProbeData | None:
-    """Extract the features of all roles, or read them from the cache; None on all but the main process.
+def open_labelled(config: ProbeConfig, encoder: EncoderUnderTest) -> LabelledData:
+    """Open the images; of those of train as many as the label budget of `config` says, if it has one.
 
-    `copies`: random crops of each training image besides its centre crop; `tokens`: see `extract`. Process groups end
-    here: what follows is the main process's work, however long it takes.
-
-    Raises ValueError as `open_encoder`, `open_data` and `count_pretrained_test_images`, for data that lack labels, a
-    role or a class, for `copies` with several --crops, and for features that are not finite.
+    Raises ValueError as `open_data`, `draw_labels` and `count_pretrained_test_images`, and for data that lack labels, a
+    role or a class.
     """
-    if copies and config.crops > 1:
-        raise ValueError(f"--copies fits on single random crops, --crops {config.crops} on averages; give only one.")
-    state = process_state()
-    encoder = open_encoder(config)
     source = encoder.source(config.source)
     data = open_data(source, short_side=short_side_for(encoder.size))
     train, val, test = data.train, data.val, data.test
@@ -89,8 +95,29 @@ def load_probe_data(config: ProbeConfig, *, tokens: bool = False, copies: int = 
     if missing:
         names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise ValueError(f"--data {source.data} has no training image of {len(missing)} classes ({names}); add some.")
+    if isinstance(config, LabelBudgetConfig):
+        train = train[draw_labels(train.labels, config.label_budget, data.classes, seed=config.label_seed)]
+        data = replace(data, train=train)
     pretrained_on = count_pretrained_test_images(encoder, source, data)
-    height, width = encoder.size
+    assert train.labels is not None and data.classes is not None
+    return LabelledData(encoder, data, pretrained_on, data.classes, train.labels, val.labels, test.labels)
+
+
+def load_probe_data(config: ProbeConfig, *, tokens: bool = False, copies: int = 0) -> ProbeData | None:
+    """Extract the features of all roles, or read them from the cache; None on all but the main process.
+
+    `copies`: random crops of each training image besides its centre crop; `tokens`: see `extract`. Process groups end
+    here: what follows is the main process's work, however long it takes.
+
+    Raises ValueError as `open_encoder` and `open_labelled`, for `copies` with several --crops, and for features that
+    are not finite.
+    """
+    if copies and config.crops > 1:
+        raise ValueError(f"--copies fits on single random crops, --crops {config.crops} on averages; give only one.")
+    state = process_state()
+    encoder, source = open_encoder(config), config.source
+    labelled = open_labelled(config, encoder)
+    data, (height, width) = labelled.data, encoder.size
     key = f"{FORMAT}-{fingerprint(encoder.model)}-{data.fingerprint}"
 
     def features_of(role: str, images: Images, copies: int = 0) -> Features | None:
@@ -104,25 +131,18 @@ def load_probe_data(config: ProbeConfig, *, tokens: bool = False, copies: int = 
 
         return cached_features(path, make)
 
-    of_train, of_val, of_test = features_of("train", train, copies), features_of("val", val), features_of("test", test)
+    assert data.val is not None and data.test is not None
+    used = hashlib.blake2b(data.train.rows.numpy().tobytes(), digest_size=4).hexdigest()  # the label budget may differ
+    of_train = features_of(f"train-{used}", data.train, copies)
+    of_val, of_test = features_of("val", data.val), features_of("test", data.test)
     state.wait_for_everyone()
     state.destroy_process_group()
     if of_train is None or of_val is None or of_test is None:  # not the main process
         return None
     for part in (of_train, of_val, of_test):
         check_finite(part.pooled)
-    return ProbeData(
-        encoder,
-        data,
-        pretrained_on,
-        data.classes,
-        train=of_train,
-        val=of_val,
-        test=of_test,
-        train_labels=train.labels.repeat(1 + copies),
-        val_labels=val.labels,
-        test_labels=test.labels,
-    )
+    fields = {**vars(labelled), "train_labels": labelled.train_labels.repeat(1 + copies)}
+    return ProbeData(**fields, train=of_train, val=of_val, test=of_test)
 
 
 def run_probe(
@@ -156,7 +176,7 @@ def choose(probe: Probe, features: Features, labels: Int[Tensor, " n"]) -> tuple
     return best, scores[best], [{**s, "top1": round(x.top1, 2)} for s, x in zip(probe.settings, scores)]
 
 
-def write_result(config: ProbeConfig, name: str, data: ProbeData, result: dict, *, seconds: float) -> dict:
+def write_result(config: ProbeConfig, name: str, data: LabelledData, result: dict, *, seconds: float) -> dict:
     """Write a result by `write_entry` and the confusion matrix as PNG beside it; returns the content of the JSON."""
     result = {**roles_of(data.data), "classes": list(data.classes), **result}
     found = data.test_images_pretrained_on
@@ -190,7 +210,8 @@ def write_entry(
     """
     source, settings = config.source, config.own_settings
     assert source.data is not None
-    name = "-".join([name, *(value if isinstance(value, str) else f"{key}{value}" for key, value in settings.items())])
+    words = (value if isinstance(value, str) else f"{key}{_short(value)}" for key, value in settings.items())
+    name = "-".join([name, *words])
     result = {
         "probe": name,
         "subject": encoder.name,
@@ -212,13 +233,24 @@ def write_entry(
     }
     distinguishing = ("weights_hash", "data_fingerprint", "protocol", "image_size", "settings")
     key = hashlib.blake2b(repr([result[field] for field in distinguishing]).encode(), digest_size=4).hexdigest()
-    folder = Path(source.data).expanduser()
-    data_name = re.sub(r"[^\w.-]+", "_", folder.resolve().name if folder.is_dir() else folder.name)[:40]
     protocol = "paper" if source.protocol == "paper" else ""
     subject = encoder.name if encoder.name in ("pixels", "random", "start", "context") else ""
-    path = encoder.out / f"{'-'.join(filter(None, (name, data_name, protocol, subject, key)))}.json"
+    path = encoder.out / f"{'-'.join(filter(None, (name, file_name(source.data), protocol, subject, key)))}.json"
     write_json(path, result)
     return result, path
+
+
+def _short(value: object) -> str:
+    """A setting as part of the name of a file and of a column."""
+    if isinstance(value, tuple):
+        return "_".join(map(_short, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def file_name(data: str) -> str:
+    """That of a data set, as it is part of the names of files."""
+    folder = Path(data).expanduser()
+    return re.sub(r"[^\w.-]+", "_", folder.resolve().name if folder.is_dir() else folder.name)[:40]
 
 
 def versions() -> dict[str, str | None]:

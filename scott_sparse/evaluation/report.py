@@ -22,7 +22,7 @@ from scott_sparse.files import read_json
 from scott_sparse.model.vit import Encoder
 
 WORST_CLASSES = 10  # that are listed
-FIRST_COLUMNS = ("knn", "linear", "attentive")
+FIRST_COLUMNS = ("knn", "linear", "attentive", "finetune")
 # Of these, those that are installed are tried in turn for each character of a class name. Matplotlib brings the first.
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen Hei", "Noto Sans Arabic"]
 FONTS += ["Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji", "Symbola", "Arial Unicode MS"]

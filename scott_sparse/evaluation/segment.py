@@ -79,7 +79,8 @@ def run_segmentation(config: SegmentConfig) -> None:
         raise ValueError(f"steps {config.steps} must be 1 or more.")
     if not state.is_main_process:
         return
-    encoder, source = open_encoder(config), config.source
+    encoder = open_encoder(config)
+    source = encoder.source(config.source)
     data_set = open_segmentation(source, short_side=short_side_for(encoder.size))
     data = data_set.data
     if data.val is None or data.test is None:

@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import torch
 import tyro
 
-from scott_sparse.cli import exit_on_user_error, parse_flags
+from scott_sparse.cli import ADVANCED, exit_on_user_error, parse_flags
 from scott_sparse.data.batches import default_workers
 from scott_sparse.data.dataset import Data, DataConfig, open_data, short_side_for
 from scott_sparse.data.splits import load_digests
@@ -55,6 +55,17 @@ class ProbeConfig:
         shared = {field.name for field in dataclasses.fields(ProbeConfig)} - {"crops"}
         own = {field.name: field.default for field in dataclasses.fields(self) if field.name not in shared}
         return {name: getattr(self, name) for name, default in own.items() if getattr(self, name) != default}
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelBudgetConfig(ProbeConfig):
+    """Flags of the scripts that fit on one set of labels."""
+
+    label_budget: str = "100%"
+    """Labels of train to use: a share of each class (10%), or a number of images of each class (5). Val, on which
+    settings are chosen, and test stay whole."""
+    label_seed: Annotated[int, ADVANCED] = 0
+    """Seed of the draw of these images; with one seed a larger budget includes a smaller one."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -275,7 +275,9 @@ def target_features(
 
 
 @torch.no_grad()
-def update_target(target: Encoder, encoder: Encoder, momentum: float, *, skip: Float[Tensor, ""] | None = None) -> None:
+def update_target(
+    target: nn.Module, encoder: nn.Module, momentum: float, *, skip: Float[Tensor, ""] | None = None
+) -> None:
     """target = momentum * target + (1 - momentum) * encoder for all parameters, after every optimizer step.
 
     Where `skip` is 1 instead of 0 the target stays as it is; the device is not waited for.

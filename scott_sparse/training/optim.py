@@ -6,6 +6,7 @@ at the starting value. Nothing here has state, so a resumed run needs none.
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -58,19 +59,29 @@ def _between(start: float, end: float, fraction: float) -> float:
     return start + fraction * (end - start)
 
 
-def adamw(model: nn.Module, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> torch.optim.AdamW:
-    """Fused AdamW with two groups: matrices and kernels decay; 1-D parameters and biases do not."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    not_decayed = [p for name, p in named if p.ndim <= 1 or name.endswith("bias")]
-    decayed = [p for name, p in named if not (p.ndim <= 1 or name.endswith("bias"))]
-    groups = [{"params": decayed, "decays": True}, {"params": not_decayed, "decays": False}]
-    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+def adamw(
+    model: nn.Module,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    lr_scale: Callable[[str], float] = lambda _: 1.0,
+) -> torch.optim.AdamW:
+    """Fused AdamW in groups: matrices and kernels decay; 1-D parameters and biases do not.
+
+    `lr_scale`: from the name of a parameter to a factor of its learning rate; a group for each factor.
+    """
+    groups: dict[tuple[bool, float], dict] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            key = (not (p.ndim <= 1 or name.endswith("bias")), lr_scale(name))
+            groups.setdefault(key, {"params": [], "decays": key[0], "lr_scale": key[1]})["params"].append(p)
+    return torch.optim.AdamW([groups[key] for key in sorted(groups, reverse=True)], betas=betas, eps=eps, fused=True)
 
 
 def set_schedules(optimizer: torch.optim.Optimizer, schedules: Schedules, step: int) -> None:
     """Set the learning rate and weight decay of optimizer step `step` (from 0)."""
     for group in optimizer.param_groups:
-        group["lr"] = schedules.lr_at(step)
+        group["lr"] = group["lr_scale"] * schedules.lr_at(step)
         group["weight_decay"] = schedules.weight_decay_at(step) if group["decays"] else 0.0
 
 

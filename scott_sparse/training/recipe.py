@@ -34,6 +34,9 @@ class Recipe:
     time_budget: float = 60.0
     """Minutes that a run may take on a GPU where --data FOLDER comes without the name of a recipe: the largest recipe
     that fits is then taken. On a CPU it is small-data, whatever it takes."""
+    share: Annotated[float, ADVANCED] = 1.0
+    """Share of the images to pretrain on, in (0, 1], drawn by --seed; a larger one includes a smaller one. Probes use
+    all images whatever it is. For eval/learning_curve.py."""
     seed: int = 0
     """Seed of everything random: first weights, order of the images, crops, masks, dropout."""
     init: str | None = None
@@ -154,6 +157,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and (not value >= 0 or (name in positive and value == 0)):
                 raise ValueError(f"{name} {value} must be {'positive' if name in positive else '0 or more'}.")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share {self.share} is outside (0, 1].")
         self.save_interval  # noqa: B018 - validates save_every
         if self.warmup_epochs is not None and not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(

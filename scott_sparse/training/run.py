@@ -23,6 +23,7 @@ from scott_sparse.data.batches import Batch, Batches, default_workers, load
 from scott_sparse.data.dataset import Data, open_data, short_side_for
 from scott_sparse.data.images import Images, channel_statistics
 from scott_sparse.distributed import full_state_dict, main_then_broadcast, on_all_processes, process_state
+from scott_sparse.evaluation.finetune import Classifier
 from scott_sparse.files import write_json
 from scott_sparse.model.jepa import MIMJEPA, make_target
 from scott_sparse.model.losses import draw_projections
@@ -51,7 +52,7 @@ class Run:
     out: Path  # run folder
     accelerator: Accelerator
     data: Data
-    model: MIMJEPA
+    model: MIMJEPA | Classifier
     engine: str  # of the context encoder's tokenizer
     console: Console  # prints on the main process only
     checkpoint: Path | None  # from which the run resumes
@@ -199,6 +200,11 @@ def prepare_run(name: str, recipe: Recipe) -> Run:
     # Nodes have GPUs and disks of their own.
     engine = on_all_processes(lambda: _engine(recipe, accelerator.device))
     data = on_all_processes(lambda: open_data(recipe.source, short_side=short_side_for(recipe.sides)))
+    if recipe.share < 1:
+        order = torch.randperm(len(data.pretrain), generator=generator_at(recipe.seed, "share"))
+        data = dataclasses.replace(
+            data, pretrain=data.pretrain[order[: round(recipe.share * len(order))].sort().values]
+        )
     if recipe.batch_size > len(data.pretrain):
         raise ValueError(
             f"batch_size {recipe.batch_size} is larger than the data set ({len(data.pretrain)} images to train on); "

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed
@@ -24,7 +24,6 @@ from scott_sparse.training.checkpoint import (
     step_of,
 )
 from scott_sparse.training.log import Log
-from scott_sparse.training.monitor import OnlineReport
 from scott_sparse.training.resume import CHECKPOINTS, STATE_FORM
 from scott_sparse.training.run import Run, RunFailed
 
@@ -59,10 +58,19 @@ class Signals:
             self.name, self.received = signal.Signals(number).name, time.monotonic()
 
 
+@runtime_checkable
+class Report(Protocol):
+    """What is measured while a run trains."""
+
+    def state(self) -> dict[str, Any]: ...  # what a checkpoint keeps; all processes take part
+
+    def resume(self, state: dict[str, Any]) -> None: ...
+
+
 class Saver:
     """Saves checkpoints; `after_step` is called after every optimizer step, on all processes."""
 
-    def __init__(self, run: Run, log: Log, report: OnlineReport, **modules):
+    def __init__(self, run: Run, log: Log, report: Report, **modules):
         """`modules`: model, target and optimizer."""
         self.run, self.log, self.report, self.modules = run, log, report, modules
         self.folder, self.total_steps = run.out / CHECKPOINTS, run.schedules.total_steps

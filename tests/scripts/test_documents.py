@@ -19,9 +19,11 @@ from conftest import ROOT
 
 import scott_sparse
 from scott_sparse import Encoder, EncoderConfig, save_encoder
+from scott_sparse.evaluation.finetune import FinetuneConfig
 from scott_sparse.evaluation.subject import ProbeConfig
 from scott_sparse.model.preprocess import Preprocess
 from scott_sparse.training import recipe as recipes
+from scott_sparse.training.learning_curve import CurveConfig
 
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 README = PAGES[ROOT / "README.md"]
@@ -43,6 +45,8 @@ QUESTIONS = {
     "segment": segment.SegmentConfig,
     "anomaly": anomaly.AnomalyConfig,
     "label_next": label_next.LabelNextConfig,
+    "finetune": FinetuneConfig,
+    "learning_curve": CurveConfig,
 }
 
 
@@ -81,7 +85,7 @@ def test_commands_parse(command):
 def test_questions_parse(line):
     script, arguments = re.search(r"eval/(\w+)\.py(.*)", line).groups()
     question = tyro.cli(QUESTIONS[script], args=shlex.split(arguments), config=(tyro.conf.OmitArgPrefixes,))
-    assert question.run or question.timm
+    assert question.source.data if script == "learning_curve" else question.run or question.timm
 
 
 def test_no_markdown_link_is_dead():

@@ -84,10 +84,11 @@ def test_a_finished_row_is_not_run_again(photos, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_small_data_uses_up_the_same_time(photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", peers.SCRIPTS)
+def test_our_scripts_use_up_the_same_time(name, photos, tmp_path, monkeypatch):
     pytest.importorskip("lightly")
     monkeypatch.setitem(peers.PROBES, "attentive", functools.partial(peers.fit_attentive, epochs=1))
     data, file = photos({f"{split}/{name}": 60 for split in ("train", "test") for name in "abc"}), tmp_path / "rows"
-    arguments = [data, "--only", "small-data", "--seconds", 40, "--results", file, "--cache-dir", tmp_path / "cache"]
+    arguments = [data, "--only", name, "--seconds", 40, "--results", file, "--cache-dir", tmp_path / "cache"]
     assert run_peers(*arguments)[0] is None
     assert 20 < json.loads(file.read_text())["cpu_seconds"] < 80

@@ -6,8 +6,8 @@ import sys
 CODE = """
 import importlib, os, pkgutil, warnings
 # What the library imports may change the process; that is not ours to prevent.
-import accelerate, cv2, filelock, matplotlib.figure, rich.progress, safetensors.torch, torch, torchvision, tyro
-import sklearn.base
+import accelerate, cv2, filelock, matplotlib.figure, rich.progress, safetensors.torch, torch, torchvision
+import scipy.cluster.vq, scipy.optimize, sklearn.base, tyro
 from PIL import Image, TiffImagePlugin
 
 cv2.setNumThreads(3)

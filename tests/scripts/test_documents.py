@@ -6,16 +6,22 @@ import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import anomaly
 import attentive
+import compare
+import export
 import extract
 import label_next
 import linear
 import pytest
+import report
 import segment
+import table
 import tyro
-from conftest import ROOT
+import visualize
+from conftest import ROOT, TINY_RUN
 
 import scott_sparse
 from scott_sparse import Encoder, EncoderConfig, save_encoder
@@ -47,6 +53,11 @@ QUESTIONS = {
     "label_next": label_next.LabelNextConfig,
     "finetune": FinetuneConfig,
     "learning_curve": CurveConfig,
+    "visualize": visualize.VisualizeConfig,
+    "report": report.ReportConfig,
+    "compare": compare.CompareConfig,
+    "table": table.TableConfig,
+    "export": export.ExportConfig,
 }
 
 
@@ -81,11 +92,36 @@ def test_commands_parse(command):
     assert name in recipes.RECIPES and dataclasses.is_dataclass(recipe)
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if "eval/" in line and "table.py" not in line])
+@pytest.mark.parametrize("line", [line for line in LINES if "eval/" in line])
 def test_questions_parse(line):
     script, arguments = re.search(r"eval/(\w+)\.py(.*)", line).groups()
     question = tyro.cli(QUESTIONS[script], args=shlex.split(arguments), config=(tyro.conf.OmitArgPrefixes,))
-    assert question.source.data if script == "learning_curve" else question.run or question.timm
+    named = ("run", "runs", "timm")
+    assert question.source.data if script == "learning_curve" else any(getattr(question, x, None) for x in named)
+
+
+@pytest.mark.slow
+def test_the_commands_of_docs_run(photos, tmp_path, clean_environment):
+    """In the order of a reader, on photos that are quickly trained on; what needs other data or a download is left."""
+    photos({f"{split}/{kind}": 24 for split in ("train", "val", "test") for kind in "ab"}, name="PHOTOS")
+    for folder in ("train", "eval"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    environment = {**clean_environment, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    quick = {"train/pretrain.py": TINY_RUN, "eval/finetune.py": ["--epochs", 1], "eval/attentive.py": ["--epochs", 1]}
+    ran = set()
+    for page in ("photos", "curves", "recipes", "protocols"):
+        for block in re.findall(r"```bash\n(.*?)```", PAGES[ROOT / "docs" / f"{page}.md"], re.DOTALL):
+            for line in block.splitlines():
+                words = shlex.split(line, comments=True)
+                if "--timm" in words or "runs/timm-resnet18" in words:
+                    continue
+                script = next(word for word in words if word.endswith(".py"))
+                words[words.index(script) + 1 : words.index(script) + 1] = map(str, quick.get(script, ()))
+                done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+                assert done.returncode == 0, (page, line, done.stdout[-500:], done.stderr[-2000:])
+                ran.add(script)
+    assert len(ran) >= 8
 
 
 def test_no_markdown_link_is_dead():

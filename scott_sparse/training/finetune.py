@@ -91,7 +91,8 @@ class Task:
     def features(self, classifier: Classifier, images: Images | None) -> Features | None:
         """Of the centre crop of each image, or averaged over several crops; None on all but the main process."""
         assert images is not None
-        model, size = FrozenEncoder(classifier.encoder), self.subject.size
+        # A copy: `extract` moves it to the device in inference mode, after which its parameters could not be trained.
+        model, size = FrozenEncoder(copy.deepcopy(classifier.encoder)), self.subject.size
         return extract(model, images, size=size, crops=self.config.crops, workers=self.config.workers)
 
     def logits(self, classifier: Classifier, images: Images | None) -> Float[Tensor, "n K"] | None:

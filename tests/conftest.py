@@ -37,7 +37,7 @@ def pytest_runtest_setup(item):
 # A run of a second, by the recipe small-data unless told otherwise. Flags that a test gives after these win.
 TINY_RUN = ["--size", "demo", "--stem-width", 8, "--image-size", 32, "--batch-size", 8]
 TINY_RUN += ["--crops", 2, "--plain-share", 0, "--colour", 0.6]
-TINY_RUN += ["--epochs", 2, "--report-every", 0]
+TINY_RUN += ["--epochs", 2, "--report-every", 0, "--precision", "no"]
 TINY = EncoderConfig(dim=32, depth=2, heads=4, patch_size=16, stem_width=8, registers=2)
 torch.backends.cudnn.allow_tf32 = False  # parity is asked for to more digits than TF32 has
 

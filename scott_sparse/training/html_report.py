@@ -45,7 +45,8 @@ def report_failures(run: Run) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        run.console.print(f"{run.out / REPORT} cannot be written ({getattr(error, 'strerror', None) or error})")
+        reason = getattr(error, "strerror", None) or error
+        run.console.print(f"{run.out / REPORT} cannot be written ({reason})", soft_wrap=True)
 
 
 def start_report(run: Run) -> None:

@@ -45,5 +45,5 @@ def test_what_is_installed_with_it():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     needed = [requirement.split(">=")[0] for requirement in project["project"]["dependencies"]]
     assert needed == ["torch", "einops", "safetensors", "huggingface_hub"]
-    assert project["tool"]["setuptools"]["package-data"] == {"scott_sparse": ["py.typed"]}
+    assert project["tool"]["setuptools"]["package-data"] == {"scott_sparse": ["py.typed", "training/templates/*.html"]}
     assert (ROOT / "scott_sparse" / "py.typed").exists()

@@ -126,8 +126,10 @@ def test_the_commands_of_docs_run(photos, tmp_path, clean_environment):
 
 def test_no_markdown_link_is_dead():
     for page, text in PAGES.items():
-        for target in re.findall(r"\]\(((?!http)[^)]+)\)", text):
+        for target, place in re.findall(r"\]\(((?!http)[^)#]+)#?([^)]*)\)", text):
             assert (page.parent / target).exists(), (page.name, target)
+            headings = re.findall(r"^#+ (.*)", (page.parent / target).read_text(), re.MULTILINE) if place else []
+            assert not place or place in {re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in headings}
 
 
 class Page(HTMLParser):

@@ -54,13 +54,13 @@ def test_from_files_to_results(channels, tmp_path, monkeypatch, capsys):
         run_script(config, script)
 
     for init in ([], ["--init", "pixels"], ["--init", "random"]):
-        run(knn.main, knn.ProbeConfig, *init)
+        run(knn.main, knn.LabelBudgetConfig, *init)
     assert len(list((out / "eval").glob("knn*.json"))) == 3
     run(extract.main, extract.ExtractConfig, "--file", tmp_path / "features.safetensors", "--crops", 8)
     run(visualize.main, visualize.VisualizeConfig, "--images", 2)
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        run(knn.main, knn.ProbeConfig, "--channels", 3)
+        run(knn.main, knn.LabelBudgetConfig, "--channels", 3)
     assert f"--channels 3: {out} takes {channels}; leave the flag out" in str(end.value)
 
 

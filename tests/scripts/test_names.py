@@ -27,7 +27,7 @@ NAMES = [
 ]
 FOLDERS = [name for name in NAMES if "/" not in name]
 SCRIPTS = {
-    "knn": (knn.main, knn.ProbeConfig, []),
+    "knn": (knn.main, knn.LabelBudgetConfig, []),
     "linear": (linear.main, linear.LinearConfig, []),
     "attentive": (attentive.main, attentive.AttentiveConfig, ["--epochs", "2"]),
     "fewshot": (fewshot.run_few_shot, fewshot.ProbeConfig, []),

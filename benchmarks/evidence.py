@@ -221,7 +221,8 @@ def tables(rows: list[dict]) -> list[str]:
     rows = [row for row in rows if row["at"] == row["images"]]
     lines = []
     for images in sorted({row["images"] for row in rows} - {0}):
-        here = [row for row in rows if row["images"] in (0, images)]
+        sets = {row["set"] for row in rows if row["images"] == images}
+        here = [row for row in rows if row["images"] in (0, images) and row["set"] in sets]
         lines += ["", f"{images:,} images: test (val), top-1 in per cent", "", *accuracy_table(here)]
         lines += ["", *gain_table(here)]
     return lines

@@ -1,6 +1,6 @@
 """Is an exported encoder faster? Eager, torch.export and ONNX Runtime in turns: CPU milliseconds of a thread per image.
 
-OMP_NUM_THREADS=1 python benchmarks/export.py
+OMP_NUM_THREADS=1 python benchmarks/export_speed.py
 """
 
 import statistics

@@ -336,7 +336,7 @@ def start_from_probe(task: Task, model: Classifier) -> None:
 
 def record_images(run: Run, subject: EncoderUnderTest) -> None:
     """Of the new encoder: the images that it is fine-tuned on, and those that it was pretrained on."""
-    before = load_digests(Path(subject.run)) if subject.name != "random" else None
+    before = load_digests(Path(subject.run)) if subject.name in ("pretrained", "context") else None
     if before is not None:
         digests = torch.cat([before, run.data.train.digests]).unique()
         write_atomically(run.out / PRETRAIN_IMAGES, save({"digests": digests}))

@@ -275,11 +275,15 @@ def test_comparison(run, finished, photos, tmp_path):
         (report, [], "Run folder of train/pretrain.py. (required)"),
         (compare, ["RUN"], "got 1 run folders, expected two or more"),
         (compare, ["RUN", "nothing"], "nothing is not a run"),
+        (report, ["TUNED"], "tuned is of eval/finetune.py"),
     ],
 )
 def test_mistakes_end_in_one_line(script, arguments, message, run, monkeypatch):
     config = {report: getattr(report, "ReportConfig", None), compare: getattr(compare, "CompareConfig", None)}[script]
-    monkeypatch.setattr(sys, "argv", ["script.py", *(str(run) if word == "RUN" else word for word in arguments)])
+    (run / "tuned").mkdir()
+    (run / "tuned" / "recipe.json").write_text('{"recipe": "finetune"}')
+    folders = {"RUN": str(run), "TUNED": str(run / "tuned")}
+    monkeypatch.setattr(sys, "argv", ["script.py", *(folders.get(word, word) for word in arguments)])
     with pytest.raises(SystemExit) as end:
         subject.run_script(config, script.main)
     assert end.value.code.startswith("error: ") and message in end.value.code and "\n" not in end.value.code

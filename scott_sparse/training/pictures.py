@@ -19,7 +19,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from scott_sparse.data.batches import Batches
-from scott_sparse.data.dataset import Data, evenly_spaced, open_data, short_side_for
+from scott_sparse.data.dataset import Data, evenly_spaced
 from scott_sparse.data.images import Images
 from scott_sparse.data.splits import load_digests
 from scott_sparse.data.views import make_views
@@ -46,7 +46,7 @@ from scott_sparse.shapes import Float, Int, Tensor
 from scott_sparse.training.checkpoint import newest_valid, step_of
 from scott_sparse.training.recipe import Recipe
 from scott_sparse.training.resume import CHECKPOINTS, PICTURES, RECIPE, TOKENS
-from scott_sparse.training.run import preprocess_of
+from scott_sparse.training.run import open_images, preprocess_of
 
 FIGURE_IMAGES = 8  # of tokens and attention
 VIEWED_IMAGES, QUERIES, NEIGHBOURS, PAIRS = 6, 12, 5, 8
@@ -172,7 +172,7 @@ def draw_again(out: Path, *, data: str | None = None, every: bool = False) -> No
     if not missing:
         return
     source = dataclasses.replace(recipe.source, data=data or recipe.source.data)
-    images, digests = open_data(source, short_side=short_side_for(recipe.sides)), load_digests(out)
+    images, digests = open_images(dataclasses.replace(recipe, source=source)), load_digests(out)
     if digests is not None and not torch.equal(digests, images.pretrain.digests):
         raise ValueError(f"the images of {source.data} are not those that {out} was pretrained on.")
     if "views" in missing:

@@ -240,7 +240,7 @@ def test_defects_in_two_folders(flat, run_folder, parts, tmp_path, capsys):
     assert result["data"] == str(test) and result["methods"]["neighbours"]["image_auroc"] == 100
     assert result["methods"]["neighbours"]["defects"].keys() == ({"defect"} if flat else {"red square"})
     capsys.readouterr()
-    result = evaluate("anomaly", run_folder, None, tmp_path, **where)
+    result = evaluate("anomaly", run_folder, None, tmp_path, image_size=64, **where)
     neighbours, printed = result["methods"]["neighbours"], capsys.readouterr().out
     assert neighbours["pixel_auroc"] is None and neighbours["above"] >= 6
     assert ("note: AUROC needs good and defective test images, none is known to be good" in printed) == flat

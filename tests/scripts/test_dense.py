@@ -320,7 +320,11 @@ def test_mistakes_of_label_next_end_in_one_line(run_folder, photos, tmp_path, mo
     for data, flags, message in (
         (unlabelled, ["--count", "5"], "count 5 is outside 1 to 4"),
         (unlabelled, ["--keep-labelled"], "no image of --data"),
-        (labelled, ["--keep-labelled", "--count", "1"], "outside 1 to 0, the images without a label; leave out --keep"),
+        (
+            labelled,
+            ["--keep-labelled", "--count", "1"],
+            "outside 1 to 0, the number of images without a label; leave out --keep",
+        ),
     ):
         arguments = [run_folder, "--data", data, "--cache-dir", tmp_path, *flags]
         assert message in mistake("label_next", arguments, monkeypatch)

@@ -18,6 +18,7 @@ from scott_sparse.files import read_json
 from scott_sparse.model.pretrained import open_start
 from scott_sparse.model.vit import Encoder
 from scott_sparse.model.weights import CONFIG, load_encoder, read_config
+from scott_sparse.shapes import Int, Tensor
 
 Config = TypeVar("Config")
 
@@ -151,8 +152,8 @@ def count_pretrained_test_images(
     """How many images of `data.test` the encoder was pretrained on, pixel for pixel; None if its run did not record it.
 
     `reopen` opens the data again as `open_data` does, for another size. Prints a line if the run was pretrained on
-    another data set. Raises ValueError under the clean protocol if the
-    encoder was pretrained on test images of which the data set holds no copy among its other images.
+    another data set. Raises ValueError under the clean protocol if the encoder was pretrained on test images of which
+    the data set holds no copy among its other images.
     """
     run = encoder.pretraining
     if run is None:
@@ -166,7 +167,7 @@ def count_pretrained_test_images(
     same_data = data.fingerprint == run.get("fingerprint")
     if not same_data and rank() == 0:
         print(f"note: {encoder.run} was pretrained on other images ({run.get('source')}) than --data {source.data}.")
-    test, pretrain, digests = data.test, data.pretrain, load_digests(Path(encoder.run))
+    test, pretrain, digests = data.test, data.pretrain, load_all_digests(Path(encoder.run))
     assert test is not None
     if digests is None:
         count, unexplained = None, len(test) if same_data and protocol == "paper" else 0
@@ -180,6 +181,19 @@ def count_pretrained_test_images(
             f"{source.data}: evaluate with --protocol paper, or on another test split."
         )
     return count
+
+
+def load_all_digests(run: Path) -> Int[Tensor, " n"] | None:
+    """`load_digests` of a run, and of the run that it started from (--init), if that folder is still there.
+
+    Digests are of images as they were decoded: those of runs at another image size match nothing.
+    """
+    digests, recipe = load_digests(run), run / "recipe.json"
+    start = read_json(recipe).get("init") if recipe.is_file() else None
+    if digests is None or not start or start.startswith("timm:"):
+        return digests
+    before = load_all_digests(Path(start) if Path(start).is_dir() else Path(start).parent)
+    return digests if before is None else torch.cat([digests, before]).unique()
 
 
 def _height_width(size) -> tuple[int, int]:

@@ -202,6 +202,15 @@ def test_a_run_pretrained_on_test_is_not_evaluated_as_clean(pretrained_on, photo
     assert result["test_images_pretrained_on"] == 24 and result["pretraining"]["protocol"] == "paper"
 
 
+def test_a_run_that_started_from_one_pretrained_on_test(pretrained_on, photos_folder, tmp_path):
+    start, run = pretrained_on(photos_folder, "paper"), pretrained_on(photos_folder)
+    assert evaluate("knn", run, photos_folder, tmp_path)["test_images_pretrained_on"] == 0
+    recipe = json.loads((run / "recipe.json").read_text())
+    (run / "recipe.json").write_text(json.dumps({**recipe, "init": str(start / "encoder.safetensors")}))
+    with pytest.raises(ValueError, match=r"on 24 of the 24 test images"):
+        evaluate("knn", run, photos_folder, tmp_path)
+
+
 def test_a_folder_without_splits_that_was_pretrained_on_whole(pretrained_on, photos_folder, tmp_path, capsys):
     """Test images are images of pretraining under other names, and in another data set."""
     flat = tmp_path / "flat"

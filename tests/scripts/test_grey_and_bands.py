@@ -4,7 +4,9 @@ import json
 import sys
 
 import extract
+import finetune
 import knn
+import label_next
 import numpy as np
 import pytest
 import torch
@@ -54,13 +56,17 @@ def test_from_files_to_results(channels, tmp_path, monkeypatch, capsys):
         run_script(config, script)
 
     for init in ([], ["--init", "pixels"], ["--init", "random"]):
-        run(knn.main, knn.ProbeConfig, *init)
+        run(knn.main, knn.LabelBudgetConfig, *init)
     assert len(list((out / "eval").glob("knn*.json"))) == 3
     run(extract.main, extract.ExtractConfig, "--file", tmp_path / "features.safetensors", "--crops", 8)
     run(visualize.main, visualize.VisualizeConfig, "--images", 2)
+    run(label_next.choose_next, label_next.LabelNextConfig, "--count", 2)
+    run(finetune.run_finetune, finetune.FinetuneConfig, "--epochs", 1, "--points", 1, "--mixup", 0.2, "--erase", 1)
+    (tuned,) = (out / "eval" / "finetune").iterdir()
+    assert load_encoder(tuned).preprocess == encoder.preprocess
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        run(knn.main, knn.ProbeConfig, "--channels", 3)
+        run(knn.main, knn.LabelBudgetConfig, "--channels", 3)
     assert f"--channels 3: {out} takes {channels}; leave the flag out" in str(end.value)
 
 

@@ -132,7 +132,7 @@ def run_curve(config: CurveConfig, scripts: Path) -> None:
         for attempt in range(2):
             results = [read_json(path) for path in sorted((run / "eval").glob(f"{name}-*.json"))]
             for result in results:
-                if result["subject"] == subject:
+                if result["subject"] == subject and (name != "linear" or not result["settings"]):
                     return Point(count, result["test"]["top1"], tuple(result["test"]["top1_interval"]))
             if attempt == 0:
                 script(f"eval/{name}.py", run, *config.data_flags, *arguments)

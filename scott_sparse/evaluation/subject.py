@@ -15,9 +15,8 @@ from scott_sparse.data.splits import load_digests
 from scott_sparse.distributed import rank
 from scott_sparse.evaluation.encoders import FrozenEncoder, ImageEncoder, Pixels, TimmModel
 from scott_sparse.files import read_json
-from scott_sparse.model.pretrained import open_start
-from scott_sparse.model.vit import Encoder
-from scott_sparse.model.weights import CONFIG, load_encoder, read_config
+from scott_sparse.model.pretrained import first_encoder
+from scott_sparse.model.weights import load_encoder
 from scott_sparse.shapes import Int, Tensor
 
 Config = TypeVar("Config")
@@ -131,13 +130,9 @@ def open_encoder(config: ProbeConfig) -> EncoderUnderTest:
     if config.init == "random":
         if "seed" not in recipe:
             raise ValueError(f"{config.run} has no recipe.json with the seed of its initial weights.")
-        start = open_start(recipe["init"]) if recipe.get("init") else None
-        torch.manual_seed(recipe["seed"])  # as in train/pretrain.py, where the encoder is made first
-        initial = Encoder(read_config(folder / CONFIG))
+        initial = first_encoder(encoder.config, seed=recipe["seed"], init=recipe.get("init"))
         initial.preprocess = encoder.preprocess
-        if start:
-            start.load_into(initial)
-        name = "start" if start else "random"
+        name = "start" if recipe.get("init") else "random"
         return EncoderUnderTest(name, config.run, FrozenEncoder(initial, span), size, out)
     pretraining = None
     if "data" in summary and "image_size" in recipe:

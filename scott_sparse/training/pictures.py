@@ -38,7 +38,7 @@ from scott_sparse.evaluation.visualize import (
     unscaled,
 )
 from scott_sparse.files import load_strictly, read_json, write_atomically
-from scott_sparse.model.pretrained import open_start
+from scott_sparse.model.pretrained import first_encoder
 from scott_sparse.model.vit import Encoder
 from scott_sparse.model.weights import WEIGHTS, load_encoder
 from scott_sparse.randomness import batch_indices
@@ -179,11 +179,7 @@ def draw_again(out: Path, *, data: str | None = None, every: bool = False) -> No
         draw_views(out, recipe, images)
     if "isolated" not in missing:  # the last that is drawn
         return
-    start = open_start(recipe.init) if recipe.init else None
-    torch.manual_seed(recipe.seed)  # as in train/pretrain.py, where the encoder is made first
-    initial = Encoder(start.config(recipe.encoder) if start else recipe.encoder)
-    if start:
-        start.load_into(initial)
+    initial = first_encoder(recipe.encoder, seed=recipe.seed, init=recipe.init)
     if checkpoint:
         pretrained = Encoder(initial.config)
         load_strictly(pretrained, checkpoint / "target.safetensors")

@@ -29,7 +29,8 @@ class ProbeConfig:
     run: tyro.conf.Positional[str | None] = None
     """Run folder of train/pretrain.py, or a repository OWNER/NAME of the Hugging Face Hub. Not needed with --timm."""
     init: Literal["pixels", "random"] | None = None
-    """Evaluate a baseline instead: the raw pixels, or the run's encoder as it was initialised, by --init if it was."""
+    """Evaluate a baseline instead: the raw pixels, or the run's encoder before its first step: untrained, or the
+    weights that pretraining started from."""
     timm: str | None = None
     """Evaluate a model of timm with its published weights instead of a run: its name, such as resnet18."""
     weights: Literal["target", "context"] = "target"

@@ -29,6 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from scott_sparse import Encoder, save_encoder
+from scott_sparse.cli import parse_flags
 from scott_sparse.data.dataset import DataConfig, open_data, short_side_for
 from scott_sparse.data.splits import save_digests
 from scott_sparse.evaluation import features, probe, subject
@@ -454,3 +455,9 @@ def test_every_flag_has_a_help_line(config):
         if isinstance(field, ast.AnnAssign) and field.target.id != "source":  # its own fields are flags
             is_help = isinstance(following, ast.Expr) and isinstance(following.value.value, str)
             assert is_help and len(following.value.value.split()) >= 3, field.target.id
+
+
+def test_help_names_what_inherited_flags_do(capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(subject.LabelBudgetConfig, ["--help"])
+    assert "Evaluate a baseline instead" in " ".join(capsys.readouterr().out.split())

@@ -1,6 +1,8 @@
 """The flags of the scripts in eval/, the encoder that they name, and the test images that it was pretrained on."""
 
 import dataclasses
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -93,9 +95,14 @@ class EncoderUnderTest:
 
 
 def run_script(config_type: type[Config], main: Callable[[Config], None]) -> None:
-    """Parse the command line into `config_type` and call `main` with it; a user's mistake ends in one line."""
+    """Parse the command line into `config_type` and call `main` with it; a user's mistake ends in one line.
+
+    --help begins with the docstring of the script.
+    """
+    # Indented lines stay lines, others are joined to paragraphs.
+    description = re.sub(r"^(?=python |accelerate )", "    ", sys.modules["__main__"].__doc__ or "", flags=re.MULTILINE)
     with exit_on_user_error():
-        main(parse_flags(config_type))
+        main(parse_flags(config_type, description=description or None))
 
 
 def open_encoder(config: ProbeConfig) -> EncoderUnderTest:

@@ -3,7 +3,7 @@
     python eval/export.py runs/demo                     # runs/demo/encoder.onnx
     python eval/export.py runs/demo --to torch          # runs/demo/encoder.pt2, for torch.export.load
 
-Input `images` (B, 3, H, W), outputs `features` (B, N, D) and `pooled` (B, D). How images are preprocessed is in the
+Input `images` (B, C, H, W), outputs `features` (B, N, D) and `pooled` (B, D). How images are preprocessed is in the
 file's metadata. The file is compared with the encoder before it is written.
 """
 

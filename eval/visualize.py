@@ -21,8 +21,6 @@ from scott_sparse.data.dataset import DataConfig, open_some
 from scott_sparse.evaluation.subject import ProbeConfig, open_encoder, run_script
 from scott_sparse.evaluation.visualize import Point, draw_attention, draw_similarity, draw_tokens, titles_of
 
-NAMES = {"untrained": "random", "pretrained": None}
-
 
 @dataclasses.dataclass(frozen=True)
 class VisualizeConfig:
@@ -55,7 +53,9 @@ def main(config: VisualizeConfig) -> None:
     height, width = encoder.size
     size = (height, width) if config.image_size else (2 * height, 2 * width)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoders = {name: open_at(size, init).model.to(device) for name, init in NAMES.items()}
+    before, pretrained = open_at(size, "random"), open_at(size)
+    name = "untrained" if before.name == "random" else before.name
+    encoders = {name: before.model.to(device), "pretrained": pretrained.model.to(device)}
     images, classes = open_some(encoder.source(config.source), config.images, short_side=2 * max(size))
     out = config.out or Path(config.run, "pictures")
     out.mkdir(parents=True, exist_ok=True)

@@ -89,4 +89,5 @@ def _without_advanced(config: type, default: Any) -> tuple[type, int]:
             hint, hidden = suppress[hint], hidden + 1
         fields.append((field.name, hint, dataclasses.field(default=value, kw_only=True)))
     source = {"__module__": config.__module__, "__qualname__": config.__qualname__, "__doc__": config.__doc__}
-    return dataclasses.make_dataclass(config.__name__, fields, namespace=source, frozen=True), hidden
+    bases = (config,)  # where tyro finds the help of inherited fields
+    return dataclasses.make_dataclass(config.__name__, fields, bases=bases, namespace=source, frozen=True), hidden

@@ -108,7 +108,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K"]:
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         return self.head(layer_norm(self.encoder(images).float()).mean(1)).float()
 
     def layer_of(self, name: str) -> int:
@@ -158,8 +158,8 @@ class Augment:
         self.mix = v2.RandomChoice(mixes) if mixes else None
 
     def __call__(
-        self, images: Float[Tensor, "B 3 H W"], labels: Int[Tensor, " B"]
-    ) -> tuple[Float[Tensor, "B 3 H W"], Float[Tensor, "B K"]]:
+        self, images: Float[Tensor, "B C H W"], labels: Int[Tensor, " B"]
+    ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B K"]]:
         """Images, and the share of each class in them."""
         if self.erase is not None:
             images = torch.stack([self.erase(image) for image in images])  # one rectangle for each

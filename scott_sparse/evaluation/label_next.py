@@ -16,6 +16,7 @@ from scott_sparse.data.sources import printable
 from scott_sparse.evaluation.coreset import k_centre
 from scott_sparse.evaluation.features import extract
 from scott_sparse.evaluation.metrics import check_finite
+from scott_sparse.evaluation.probe import file_name
 from scott_sparse.evaluation.subject import ProbeConfig, open_encoder
 from scott_sparse.evaluation.visualize import pictures_of
 from scott_sparse.files import write_atomically
@@ -49,8 +50,8 @@ def choose_next(config: LabelNextConfig) -> None:
         labelled = images.labels >= 0
     free = (~labelled).nonzero()[:, 0]
     if not 1 <= config.count <= len(free):
-        remedy = "leave out --keep-labelled" if config.keep_labelled else "choose fewer"
-        raise ValueError(f"count {config.count} is outside 1 to {len(free)}, the images without a label; {remedy}.")
+        which = "images without a label; leave out --keep-labelled" if config.keep_labelled else "images of --data"
+        raise ValueError(f"count {config.count} is outside 1 to {len(free)}, the number of {which}.")
     features = extract(encoder.model, images, size=encoder.size, crops=config.crops, workers=config.workers)
     if features is None:  # not the main process
         return
@@ -59,12 +60,12 @@ def choose_next(config: LabelNextConfig) -> None:
     starts = directions[labelled] if labelled.any() else None
     rows, distances = k_centre(directions[free], config.count, starts=starts, what="images to label")
     chosen = images[free[rows]]
-    path = encoder.out / f"label-next-{Path(str(source.data)).name}.csv"
+    path = encoder.out / f"label-next-{file_name(str(source.data))}.csv"
     write_atomically(path, _table(chosen, distances, Path(str(source.data)).expanduser()))
     write_sheet(path.with_suffix(".png"), chosen)
-    far = distances[-1].item()
     print(printable(f"{path}, {path.with_suffix('.png').name}: {config.count} of {len(free):,} images"))
-    print(f"each other image is within a distance of {far:.2f} of a chosen or labelled one (0 equal, 2 opposite)")
+    if (far := distances[-1].item()) < float("inf"):
+        print(f"each other image is within a distance of {far:.2f} of a chosen or labelled one (0 equal, 2 opposite)")
 
 
 def _table(images: Images, distances: Float[Tensor, " k"], folder: Path) -> bytes:

@@ -133,10 +133,14 @@ def auroc(scores: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float | 
 
     None without positives or without negatives.
     """
-    count = int(positive.sum())
-    if count in (0, len(positive)):
+    values, place = scores.unique(return_inverse=True)
+    return auroc_of_counts(*(place[part].bincount(minlength=len(values)) for part in (~positive, positive)))
+
+
+def auroc_of_counts(negatives: Int[Tensor, " k"], positives: Int[Tensor, " k"]) -> float | None:
+    """`auroc` from how many negatives and positives have each of k scores, in ascending order."""
+    total = negatives.sum().item() * positives.sum().item()
+    if not total:
         return None
-    _, place, ties = scores.unique(return_inverse=True, return_counts=True)
-    ranks = (ties.cumsum(0).double() - (ties - 1) / 2)[place]
-    above = ranks[positive].sum().item() - count * (count + 1) / 2
-    return 100 * above / (count * (len(positive) - count))
+    lower = negatives.cumsum(0).double() - negatives / 2
+    return 100 * (lower * positives).sum().item() / total

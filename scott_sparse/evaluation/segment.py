@@ -19,7 +19,6 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from rich.console import Console
 from rich.progress import track
 from scipy.cluster.vq import kmeans2
@@ -126,11 +125,14 @@ def run_segmentation(config: SegmentConfig) -> None:
 @torch.no_grad()
 def extract_maps(encoder: ImageEncoder, images: Images, *, size: tuple[int, int], what: str) -> Maps:
     """Feature maps of the evaluation views of images, in half precision, on the CPU."""
-    device, parts = next(iter(encoder.state_dict().values()), torch.empty(0)).device, []
+    device = next(iter(encoder.state_dict().values()), torch.empty(0)).device
+    maps: Maps = {}
     for rows in track(torch.arange(len(images)).split(BATCH), description=f"features of {what}", transient=True):
         batch = encoder.maps(eval_images(images, rows, size=size, statistics=encoder.statistics).to(device))
-        parts.append({name: each.half().cpu() for name, each in batch.items()})
-    maps = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        for name, each in batch.items():  # filled in place: lists of batches would take twice the memory
+            if name not in maps:
+                maps[name] = torch.empty(len(images), *each.shape[1:], dtype=torch.float16)
+            maps[name][rows] = each.half().cpu()
     for each in maps.values():
         check_finite(each)
     return maps
@@ -171,10 +173,9 @@ def fit_heads(
             rows = torch.randint(len(masks), (TRAIN_BATCH,), generator=generator_at("images of a head", step))
             x, target = features[rows].to(device).float(), masks[rows].to(device).long()
             valid = (target != IGNORE).sum().clamp(min=1)
-            # Each head has parameters of its own: its gradient of the sum is that of its own loss.
-            losses = [_loss(head(x), target) for head in heads]
             optimizer.zero_grad()
-            (torch.stack(losses).sum() / valid).backward()
+            for head in heads:  # one by one: logits are as large as images, times the classes
+                (_loss(head(x), target) / valid).backward()
             optimizer.step()
             schedule.step()
         for head, (name, rate) in zip(heads, settings):
@@ -202,7 +203,8 @@ def fit_kmeans(maps: Maps, masks: UInt8[Tensor, "n H W"], *, classes: int, devic
     """k-means on each kind of map, as a linear head: the nearest of the centres c has the largest 2 c x - |c|²."""
     for kind, features in maps.items():
         drawn = torch.randperm(features[:, 0].numel(), generator=generator_at("patches for k-means"))[:CLUSTERED]
-        points = rearrange(features, "n c h w -> (n h w) c")[drawn].float().numpy()
+        patches = features.flatten(2)  # n c (h w)
+        points = patches[drawn // patches.shape[2], :, drawn % patches.shape[2]].float().numpy()
         fits = []
         for restart in track(range(RESTARTS), description=f"k-means on {kind}", transient=True):
             centres, labels = kmeans2(points, classes, iter=30, minit="++", rng=restart, missing="raise")

@@ -25,7 +25,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from scott_sparse.data.dataset import short_side_for
 from scott_sparse.data.decode import decode
-from scott_sparse.data.readers import Unreadable, prepare_pillow
+from scott_sparse.data.readers import Selection, Unreadable, prepare_pillow
 from scott_sparse.model.weights import load_encoder
 from scott_sparse.shapes import Tensor, UInt8
 
@@ -68,7 +68,7 @@ class ScottFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         preprocess = encoder.preprocess
         assert preprocess is not None
         features = [torch.empty(0, encoder.num_features)]
-        pictures = _pixels(X, short_side_for(preprocess.image_size))
+        pictures = _pixels(X, short_side_for(preprocess.image_size), Selection(channels=encoder.config.in_channels))
         if self.crops == 1:
             while views := [preprocess(pixels) for pixels in itertools.islice(pictures, self.batch_size)]:
                 features.append(encoder.pooled(torch.stack(views).to(device)).cpu())
@@ -85,8 +85,8 @@ class ScottFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         return tags
 
 
-def _pixels(pictures: Iterable, short_side: int) -> Iterator[UInt8[Tensor, "3 h w"]]:
-    """Upright RGB of each picture, reduced as pretraining does it."""
+def _pixels(pictures: Iterable, short_side: int, selection: Selection) -> Iterator[UInt8[Tensor, "C h w"]]:
+    """Upright pixels of each picture, reduced as pretraining does it."""
     prepare_pillow()
     for i, picture in enumerate(pictures):
         name = f"X[{i}]" if not isinstance(picture, str | Path) else f"X[{i}], {picture}"
@@ -98,7 +98,8 @@ def _pixels(pictures: Iterable, short_side: int) -> Iterator[UInt8[Tensor, "3 h 
         if not isinstance(picture, str | Path | Image.Image):
             raise ValueError(f"{name} is {type(picture).__name__}, expected a path, a PIL image or an array of uint8.")
         try:  # decoding changes an image that is not loaded yet: a copy is
-            pixels = decode(picture.copy() if isinstance(picture, Image.Image) else Path(picture), short_side)
+            own = picture.copy() if isinstance(picture, Image.Image) else Path(picture)
+            pixels = decode(own, short_side, selection)
         except Unreadable as reason:
             raise ValueError(f"{name} cannot be read: {reason}.") from None
         yield pixels.permute(2, 0, 1)

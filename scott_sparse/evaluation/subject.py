@@ -1,6 +1,8 @@
 """The flags of the scripts in eval/, the encoder that they name, and the test images that it was pretrained on."""
 
 import dataclasses
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -15,9 +17,9 @@ from scott_sparse.data.splits import load_digests
 from scott_sparse.distributed import rank
 from scott_sparse.evaluation.encoders import FrozenEncoder, ImageEncoder, Pixels, TimmModel
 from scott_sparse.files import read_json
-from scott_sparse.model.pretrained import open_start
-from scott_sparse.model.vit import Encoder
-from scott_sparse.model.weights import CONFIG, load_encoder, read_config
+from scott_sparse.model.pretrained import first_encoder
+from scott_sparse.model.weights import load_encoder
+from scott_sparse.shapes import Int, Tensor
 
 Config = TypeVar("Config")
 
@@ -29,7 +31,8 @@ class ProbeConfig:
     run: tyro.conf.Positional[str | None] = None
     """Run folder of train/pretrain.py, or a repository OWNER/NAME of the Hugging Face Hub. Not needed with --timm."""
     init: Literal["pixels", "random"] | None = None
-    """Evaluate a baseline instead: the raw pixels, or the run's encoder as it was initialised, by --init if it was."""
+    """Evaluate a baseline instead: the raw pixels, or the run's encoder before its first step: untrained, or the
+    weights that pretraining started from."""
     timm: str | None = None
     """Evaluate a model of timm with its published weights instead of a run: its name, such as resnet18."""
     weights: Literal["target", "context"] = "target"
@@ -92,9 +95,14 @@ class EncoderUnderTest:
 
 
 def run_script(config_type: type[Config], main: Callable[[Config], None]) -> None:
-    """Parse the command line into `config_type` and call `main` with it; a user's mistake ends in one line."""
+    """Parse the command line into `config_type` and call `main` with it; a user's mistake ends in one line.
+
+    --help begins with the docstring of the script.
+    """
+    # Indented lines stay lines, others are joined to paragraphs.
+    description = re.sub(r"^(?=python |accelerate )", "    ", sys.modules["__main__"].__doc__ or "", flags=re.MULTILINE)
     with exit_on_user_error():
-        main(parse_flags(config_type))
+        main(parse_flags(config_type, description=description or None))
 
 
 def open_encoder(config: ProbeConfig) -> EncoderUnderTest:
@@ -130,13 +138,9 @@ def open_encoder(config: ProbeConfig) -> EncoderUnderTest:
     if config.init == "random":
         if "seed" not in recipe:
             raise ValueError(f"{config.run} has no recipe.json with the seed of its initial weights.")
-        start = open_start(recipe["init"]) if recipe.get("init") else None
-        torch.manual_seed(recipe["seed"])  # as in train/pretrain.py, where the encoder is made first
-        initial = Encoder(read_config(folder / CONFIG))
+        initial = first_encoder(encoder.config, seed=recipe["seed"], init=recipe.get("init"))
         initial.preprocess = encoder.preprocess
-        if start:
-            start.load_into(initial)
-        name = "start" if start else "random"
+        name = "start" if recipe.get("init") else "random"
         return EncoderUnderTest(name, config.run, FrozenEncoder(initial, span), size, out)
     pretraining = None
     if "data" in summary and "image_size" in recipe:
@@ -151,8 +155,8 @@ def count_pretrained_test_images(
     """How many images of `data.test` the encoder was pretrained on, pixel for pixel; None if its run did not record it.
 
     `reopen` opens the data again as `open_data` does, for another size. Prints a line if the run was pretrained on
-    another data set. Raises ValueError under the clean protocol if the
-    encoder was pretrained on test images of which the data set holds no copy among its other images.
+    another data set. Raises ValueError under the clean protocol if the encoder was pretrained on test images of which
+    the data set holds no copy among its other images.
     """
     run = encoder.pretraining
     if run is None:
@@ -166,7 +170,7 @@ def count_pretrained_test_images(
     same_data = data.fingerprint == run.get("fingerprint")
     if not same_data and rank() == 0:
         print(f"note: {encoder.run} was pretrained on other images ({run.get('source')}) than --data {source.data}.")
-    test, pretrain, digests = data.test, data.pretrain, load_digests(Path(encoder.run))
+    test, pretrain, digests = data.test, data.pretrain, load_all_digests(Path(encoder.run))
     assert test is not None
     if digests is None:
         count, unexplained = None, len(test) if same_data and protocol == "paper" else 0
@@ -180,6 +184,19 @@ def count_pretrained_test_images(
             f"{source.data}: evaluate with --protocol paper, or on another test split."
         )
     return count
+
+
+def load_all_digests(run: Path) -> Int[Tensor, " n"] | None:
+    """`load_digests` of a run, and of the run that it started from (--init), if that folder is still there.
+
+    Digests are of images as they were decoded: those of runs at another image size match nothing.
+    """
+    digests, recipe = load_digests(run), run / "recipe.json"
+    start = read_json(recipe).get("init") if recipe.is_file() else None
+    if digests is None or not start or start.startswith("timm:"):
+        return digests
+    before = load_all_digests(Path(start) if Path(start).is_dir() else Path(start).parent)
+    return digests if before is None else torch.cat([digests, before]).unique()
 
 
 def _height_width(size) -> tuple[int, int]:

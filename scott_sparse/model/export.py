@@ -32,10 +32,10 @@ class WholeImages(nn.Module):
 
 def exported_program(encoder: Encoder) -> torch.export.ExportedProgram:
     """A graph for any batch, and any height and width of two patches or more, in whole patches."""
-    p, dim = encoder.config.patch_size, torch.export.Dim
+    p, channels, dim = encoder.config.patch_size, encoder.config.in_channels, torch.export.Dim
     h, w = (p * dim(name, min=2, max=max(MAX_SIDE // p, 2)) for name in ("rows", "columns"))
     shapes = {0: dim("batch", min=1, max=MAX_BATCH), 2: h, 3: w}
-    example = torch.zeros(2, 3, 4 * p, 3 * p)
+    example = torch.zeros(2, channels, 4 * p, 3 * p)
     with torch.no_grad():
         return torch.export.export(WholeImages(encoder).eval(), (example,), dynamic_shapes=(shapes,))
 
@@ -84,7 +84,8 @@ def description(encoder: Encoder) -> dict[str, Any]:
     config = encoder.config
     return {
         "preprocess": encoder.preprocess.to_json() if encoder.preprocess else None,
-        "images": f"float32 (B, 3, H, W), preprocessed; H, W: multiples of {config.patch_size}, 2 patches or more",
+        "images": f"float32 (B, {config.in_channels}, H, W), preprocessed; H, W: multiples of {config.patch_size}, "
+        "2 patches or more",
         "features": f"float32 (B, H * W / {config.patch_size**2}, {config.dim}), one row for each patch, row by row",
         "pooled": f"float32 (B, {config.dim}), one vector for each image: the mean of its features after a LayerNorm",
         "config": dataclasses.asdict(config),
@@ -102,7 +103,7 @@ def largest_difference(encoder: Encoder, graph: Any) -> float:
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for batch, height, width in ((1, *own), (3, 2 * p, 5 * p), (2, 7 * p, 2 * p)):
-        images = torch.randn(batch, 3, height, width, generator=generator)
+        images = torch.randn(batch, encoder.config.in_channels, height, width, generator=generator)
         for got, expected in zip(graph(images), expected_of(images), strict=True):
             worst = max(worst, ((got - expected).norm() / expected.norm()).item())
     if not worst <= MAX_DIFFERENCE:

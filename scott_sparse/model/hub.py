@@ -54,6 +54,8 @@ def model_card(encoder: Encoder, name: str, *, license: str | None = None) -> Mo
     title = f"# {name}\n\nVision Transformer, {count / 1e6:.1f} M parameters, pretrained without labels by "
     title += "[SCOTT and MIM-JEPA](https://arxiv.org/abs/2502.18056): "
     title += f"tokenizer {config.tokenizer}, width {config.dim}, {config.depth} blocks, patches of {config.patch_size}."
+    if recipe.get("init"):
+        title += f" Pretraining went on from the weights of {_last_part(recipe['init'])}."
     lines = [f"---\n{metadata.to_yaml()}\n---", title, USE.format(name=name)]
     if encoder.preprocess:
         lines.append(f"## Preprocessing\n\n{_json(encoder.preprocess.to_json())}")
@@ -145,9 +147,10 @@ def _metrics(results: list[dict], summary: dict) -> str:
 
 def _hub_result(result: dict, top1: float) -> EvalResult:
     data = _last_part(result["data"])
+    how = "" if result["probe"].startswith("finetune") else " probe on frozen features"
     return EvalResult(
         task_type="image-classification",
-        task_name=f"{result['probe']} probe on frozen features, {result['protocol']} protocol",
+        task_name=f"{result['probe']}{how}, {result['protocol']} protocol",
         dataset_type=data,
         dataset_name=data,
         dataset_split="test",

@@ -99,6 +99,19 @@ def open_start(name: str) -> Start:
     return Start(f"timm weights {name}", encoder_from(state, name=f"--init {name}"))
 
 
+def first_encoder(config: EncoderConfig, *, seed: int, init: str | None) -> Encoder:
+    """The encoder of a run before its first step, as train/pretrain.py makes it from seed and --init.
+
+    Raises ValueError as `open_start` and `Start.config`.
+    """
+    start = open_start(init) if init else None
+    torch.manual_seed(seed)
+    encoder = Encoder(start.config(config) if start else config)
+    if start:
+        start.load_into(encoder)
+    return encoder
+
+
 def published_timm_model(name: str, flag: str) -> Any:
     """A model of timm with its published weights, in eval mode, without a classifier. `flag` is named by errors.
 

@@ -26,7 +26,7 @@ CHARTS: tuple[tuple[str, str, dict[str, str], str], ...] = (
     (
         "k-NN on val, %",
         "reports",
-        {"knn": "encoder", "knn_untrained": "untrained", "knn_pixels": "raw pixels"},
+        {"knn": "encoder", "knn_untrained": "before the first step", "knn_pixels": "raw pixels"},
         "knn_error",
     ),
     ("Ranks of the features", "reports", {"rankme": "RankMe", "lidar": "LiDAR"}, ""),

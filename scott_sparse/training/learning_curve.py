@@ -8,6 +8,7 @@ and the same encoder trained with labels from scratch on as many images.
 import dataclasses
 import math
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -83,8 +84,12 @@ def run_curve(config: CurveConfig, scripts: Path) -> None:
     Raises ValueError for a user's mistake, and where a script fails; ends with its exit code if one was told to stop.
     """
     config.validate()
-    flags = [config.recipe, *config.data_flags, *config.pretrain.split()]
+    flags = [config.recipe, *config.data_flags, *shlex.split(config.pretrain)]
     _, recipe = parse(flags if config.epochs is None else [*flags, "--epochs", str(config.epochs)])
+    if recipe.init:
+        raise ValueError(
+            "--init: the baselines of a learning curve are untrained encoders; leave it out of --pretrain."
+        )
     data = open_data(config.source, short_side=short_side_for(recipe.sides))
     if data.classes is None or data.test is None or data.val is None:
         raise ValueError(f"--data {config.source.data} needs labels, and enough of them for val and test.")
@@ -127,7 +132,7 @@ def run_curve(config: CurveConfig, scripts: Path) -> None:
         for attempt in range(2):
             results = [read_json(path) for path in sorted((run / "eval").glob(f"{name}-*.json"))]
             for result in results:
-                if result["subject"] == subject:
+                if result["subject"] == subject and (name != "linear" or not result["settings"]):
                     return Point(count, result["test"]["top1"], tuple(result["test"]["top1_interval"]))
             if attempt == 0:
                 script(f"eval/{name}.py", run, *config.data_flags, *arguments)

@@ -19,7 +19,7 @@ from matplotlib import colormaps
 from PIL import Image
 
 from scott_sparse.data.batches import Batches
-from scott_sparse.data.dataset import Data, evenly_spaced, open_data, short_side_for
+from scott_sparse.data.dataset import Data, evenly_spaced
 from scott_sparse.data.images import Images
 from scott_sparse.data.splits import load_digests
 from scott_sparse.data.views import make_views
@@ -38,7 +38,7 @@ from scott_sparse.evaluation.visualize import (
     unscaled,
 )
 from scott_sparse.files import load_strictly, read_json, write_atomically
-from scott_sparse.model.pretrained import open_start
+from scott_sparse.model.pretrained import first_encoder
 from scott_sparse.model.vit import Encoder
 from scott_sparse.model.weights import WEIGHTS, load_encoder
 from scott_sparse.randomness import batch_indices
@@ -46,7 +46,7 @@ from scott_sparse.shapes import Float, Int, Tensor
 from scott_sparse.training.checkpoint import newest_valid, step_of
 from scott_sparse.training.recipe import Recipe
 from scott_sparse.training.resume import CHECKPOINTS, PICTURES, RECIPE, TOKENS
-from scott_sparse.training.run import preprocess_of
+from scott_sparse.training.run import open_images, preprocess_of
 
 FIGURE_IMAGES = 8  # of tokens and attention
 VIEWED_IMAGES, QUERIES, NEIGHBOURS, PAIRS = 6, 12, 5, 8
@@ -172,18 +172,14 @@ def draw_again(out: Path, *, data: str | None = None, every: bool = False) -> No
     if not missing:
         return
     source = dataclasses.replace(recipe.source, data=data or recipe.source.data)
-    images, digests = open_data(source, short_side=short_side_for(recipe.sides)), load_digests(out)
+    images, digests = open_images(dataclasses.replace(recipe, source=source)), load_digests(out)
     if digests is not None and not torch.equal(digests, images.pretrain.digests):
         raise ValueError(f"the images of {source.data} are not those that {out} was pretrained on.")
     if "views" in missing:
         draw_views(out, recipe, images)
     if "isolated" not in missing:  # the last that is drawn
         return
-    start = open_start(recipe.init) if recipe.init else None
-    torch.manual_seed(recipe.seed)  # as in train/pretrain.py, where the encoder is made first
-    initial = Encoder(start.config(recipe.encoder) if start else recipe.encoder)
-    if start:
-        start.load_into(initial)
+    initial = first_encoder(recipe.encoder, seed=recipe.seed, init=recipe.init)
     if checkpoint:
         pretrained = Encoder(initial.config)
         load_strictly(pretrained, checkpoint / "target.safetensors")

@@ -41,15 +41,20 @@ class Record:
 
     @classmethod
     def of(cls, folder: Path) -> "Record":
-        """Raises ValueError for a folder that is none of a run."""
+        """Raises ValueError for a folder that is none of a run of train/pretrain.py."""
         if not (folder / RECIPE).is_file():
             raise ValueError(f"{folder} is not a run: expected a folder of train/pretrain.py, with {RECIPE} in it.")
+        recipe = read_json(folder / RECIPE)
+        if recipe.get("recipe") == "finetune":
+            raise ValueError(
+                f"{folder} is of eval/finetune.py, whose results are on the page of the run it started from."
+            )
         files = {path.stem: read_json(path) for path in (folder / PICTURES).glob("*.json")}
         digests = load_digests(folder)
         return cls(
             str(folder),
             folder,
-            recipe=read_json(folder / RECIPE),
+            recipe=recipe,
             metrics=_lines(folder / METRICS),
             reports=_lines(folder / REPORTS),
             summary=_json_in(folder / SUMMARY),
@@ -106,7 +111,7 @@ class Record:
         tiles = {}
         now = self.reports[-1] if self.reports else {}
         if now.get("knn") is not None:
-            baselines = {"untrained": now.get("knn_untrained"), "pixels": now.get("knn_pixels")}
+            baselines = {"before the first step": now.get("knn_untrained"), "pixels": now.get("knn_pixels")}
             tiles["k-NN on val"] = f"{now['knn']:.1f} %"
             for name, accuracy in baselines.items():
                 if accuracy is not None:

@@ -199,12 +199,7 @@ def prepare_run(name: str, recipe: Recipe) -> Run:
         )
     # Nodes have GPUs and disks of their own.
     engine = on_all_processes(lambda: _engine(recipe, accelerator.device))
-    data = on_all_processes(lambda: open_data(recipe.source, short_side=short_side_for(recipe.sides)))
-    if recipe.share < 1:
-        order = torch.randperm(len(data.pretrain), generator=generator_at(recipe.seed, "share"))
-        data = dataclasses.replace(
-            data, pretrain=data.pretrain[order[: round(recipe.share * len(order))].sort().values]
-        )
+    data = on_all_processes(lambda: open_images(recipe))
     if recipe.batch_size > len(data.pretrain):
         raise ValueError(
             f"batch_size {recipe.batch_size} is larger than the data set ({len(data.pretrain)} images to train on); "
@@ -220,6 +215,16 @@ def prepare_run(name: str, recipe: Recipe) -> Run:
     if start:
         console.print(start.load_into(model.encoder), highlight=False, soft_wrap=True)
     return Run(name, recipe, out, accelerator, data, model, engine, console, None, FileLock(out / ".lock"), started)
+
+
+def open_images(recipe: Recipe) -> Data:
+    """The images of a recipe, of those to pretrain on the share that it takes. Raises ValueError as `open_data`."""
+    data = open_data(recipe.source, short_side=short_side_for(recipe.sides))
+    if recipe.share < 1:
+        order = torch.randperm(len(data.pretrain), generator=generator_at(recipe.seed, "share"))
+        kept = order[: round(recipe.share * len(order))].sort().values
+        data = dataclasses.replace(data, pretrain=data.pretrain[kept])
+    return data
 
 
 def preprocess_of(recipe: Recipe, images: Images) -> Preprocess:

@@ -1,5 +1,6 @@
 """ScottFeatures is what scikit-learn expects of a transformer, and gives the features of the probes."""
 
+import dataclasses
 import pickle
 import subprocess
 import sys
@@ -45,9 +46,14 @@ def paths(tmp_path_factory):
 LABELS = [0] * 6 + [1] * 6
 
 
-@pytest.mark.parametrize("crops", [1, 8])
-def test_they_are_the_features_of_the_probes(run, paths, crops, tmp_path):
-    source = DataConfig(data=str(paths[0].parents[1]), protocol="paper", cache_dir=tmp_path)
+@pytest.mark.parametrize("crops, channels", [(1, 3), (8, 3), (1, 1)])
+def test_they_are_the_features_of_the_probes(run, paths, crops, channels, tmp_path):
+    if channels == 1:
+        run = tmp_path / "grey"
+        save_encoder(
+            Encoder(dataclasses.replace(TINY, in_channels=1)), run, preprocess=Preprocess((32, 32), (0.5,), (0.2,))
+        )
+    source = DataConfig(data=str(paths[0].parents[1]), protocol="paper", cache_dir=tmp_path, channels=channels)
     images = open_data(source, short_side=short_side_for((32, 32))).pretrain
     scott = ScottFeatures(run, crops=crops, batch_size=5).fit(paths)
     expected = extract(FrozenEncoder(scott.encoder_), images, size=(32, 32), crops=crops).mean

@@ -1,5 +1,6 @@
 """Exported files give what the encoder gives, in programs that know nothing of this package."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -38,12 +39,17 @@ def parsed(text):
 
 @pytest.mark.parametrize(
     "config, to",
-    [(SCOTT, "onnx"), (SCOTT, "torch"), pytest.param(AS_IN_TIMM, "onnx", marks=pytest.mark.slow)],
-    ids=["onnx", "torch", "learned positions, onnx"],
+    [
+        (SCOTT, "onnx"),
+        (dataclasses.replace(SCOTT, in_channels=1), "torch"),
+        pytest.param(AS_IN_TIMM, "onnx", marks=pytest.mark.slow),
+    ],
+    ids=["onnx", "torch, grey", "learned positions, onnx"],
 )
 def test_files_for_other_programs(config, to, tmp_path, clean_environment):
     """The script runs by itself: pytest would check that sizes are integers, which in a graph they are not."""
-    preprocess = Preprocess((32, 32))
+    channels = config.in_channels
+    preprocess = Preprocess((32, 32), (0.5,) * channels, (0.25,) * channels)
     save_encoder(Encoder(config), tmp_path, preprocess=preprocess)
     command = [sys.executable, "eval/export.py", str(tmp_path), *(["--to", to] if to == "torch" else [])]
     done = subprocess.run(command, cwd=ROOT, env=clean_environment, capture_output=True, text=True)
@@ -54,7 +60,7 @@ def test_files_for_other_programs(config, to, tmp_path, clean_environment):
     assert about["config"]["dim"] == 32 and "multiples of 8" in about["images"]
     encoder, generator = load_encoder(tmp_path), torch.Generator().manual_seed(2)
     for batch, height, width in ((1, 32, 32), (4, 16, 48), (2, 80, 16)):
-        images = torch.randn(batch, 3, height, width, generator=generator)
+        images = torch.randn(batch, channels, height, width, generator=generator)
         for got, expected in zip(graph(images), (encoder(images), encoder.pooled(images)), strict=True):
             np.testing.assert_allclose(got, expected.detach().numpy(), atol=1e-4)
 

@@ -240,7 +240,7 @@ def test_defects_in_two_folders(flat, run_folder, parts, tmp_path, capsys):
     assert result["data"] == str(test) and result["methods"]["neighbours"]["image_auroc"] == 100
     assert result["methods"]["neighbours"]["defects"].keys() == ({"defect"} if flat else {"red square"})
     capsys.readouterr()
-    result = evaluate("anomaly", run_folder, None, tmp_path, **where)
+    result = evaluate("anomaly", run_folder, None, tmp_path, image_size=64, **where)
     neighbours, printed = result["methods"]["neighbours"], capsys.readouterr().out
     assert neighbours["pixel_auroc"] is None and neighbours["above"] >= 6
     assert ("note: AUROC needs good and defective test images, none is known to be good" in printed) == flat
@@ -320,7 +320,11 @@ def test_mistakes_of_label_next_end_in_one_line(run_folder, photos, tmp_path, mo
     for data, flags, message in (
         (unlabelled, ["--count", "5"], "count 5 is outside 1 to 4"),
         (unlabelled, ["--keep-labelled"], "no image of --data"),
-        (labelled, ["--keep-labelled", "--count", "1"], "outside 1 to 0, the images without a label; leave out --keep"),
+        (
+            labelled,
+            ["--keep-labelled", "--count", "1"],
+            "outside 1 to 0, the number of images without a label; leave out --keep",
+        ),
     ):
         arguments = [run_folder, "--data", data, "--cache-dir", tmp_path, *flags]
         assert message in mistake("label_next", arguments, monkeypatch)

@@ -29,6 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from scott_sparse import Encoder, save_encoder
+from scott_sparse.cli import parse_flags
 from scott_sparse.data.dataset import DataConfig, open_data, short_side_for
 from scott_sparse.data.splits import save_digests
 from scott_sparse.evaluation import features, probe, subject
@@ -200,6 +201,15 @@ def test_a_run_pretrained_on_test_is_not_evaluated_as_clean(pretrained_on, photo
     evaluate("knn", run, photos, tmp_path, init="random")
     result = evaluate("knn", run, photos, tmp_path, protocol="paper")
     assert result["test_images_pretrained_on"] == 24 and result["pretraining"]["protocol"] == "paper"
+
+
+def test_a_run_that_started_from_one_pretrained_on_test(pretrained_on, photos_folder, tmp_path):
+    start, run = pretrained_on(photos_folder, "paper"), pretrained_on(photos_folder)
+    assert evaluate("knn", run, photos_folder, tmp_path)["test_images_pretrained_on"] == 0
+    recipe = json.loads((run / "recipe.json").read_text())
+    (run / "recipe.json").write_text(json.dumps({**recipe, "init": str(start / "encoder.safetensors")}))
+    with pytest.raises(ValueError, match=r"on 24 of the 24 test images"):
+        evaluate("knn", run, photos_folder, tmp_path)
 
 
 def test_a_folder_without_splits_that_was_pretrained_on_whole(pretrained_on, photos_folder, tmp_path, capsys):
@@ -445,3 +455,9 @@ def test_every_flag_has_a_help_line(config):
         if isinstance(field, ast.AnnAssign) and field.target.id != "source":  # its own fields are flags
             is_help = isinstance(following, ast.Expr) and isinstance(following.value.value, str)
             assert is_help and len(following.value.value.split()) >= 3, field.target.id
+
+
+def test_help_names_what_inherited_flags_do(capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(subject.LabelBudgetConfig, ["--help"])
+    assert "Evaluate a baseline instead" in " ".join(capsys.readouterr().out.split())

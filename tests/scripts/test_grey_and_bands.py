@@ -4,7 +4,9 @@ import json
 import sys
 
 import extract
+import finetune
 import knn
+import label_next
 import numpy as np
 import pytest
 import torch
@@ -58,6 +60,10 @@ def test_from_files_to_results(channels, tmp_path, monkeypatch, capsys):
     assert len(list((out / "eval").glob("knn*.json"))) == 3
     run(extract.main, extract.ExtractConfig, "--file", tmp_path / "features.safetensors", "--crops", 8)
     run(visualize.main, visualize.VisualizeConfig, "--images", 2)
+    run(label_next.choose_next, label_next.LabelNextConfig, "--count", 2)
+    run(finetune.run_finetune, finetune.FinetuneConfig, "--epochs", 1, "--points", 1, "--mixup", 0.2, "--erase", 1)
+    (tuned,) = (out / "eval" / "finetune").iterdir()
+    assert load_encoder(tuned).preprocess == encoder.preprocess
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         run(knn.main, knn.LabelBudgetConfig, "--channels", 3)

@@ -190,14 +190,14 @@ def test_a_run_that_was_stopped(photos, tmp_path, capsys):
             signal.raise_signal(signal.SIGTERM)
 
     with mock.patch.object(pretrain, "update_target", stop):
-        assert train(photos, out)[0] == 75
+        assert train(photos, out, "--share", 0.9)[0] == 75
     assert "head 1" not in (out / "report.html").read_text()
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "ep')
     report.main(report.ReportConfig(out))
     page = Page(out / "report.html")
     assert "By the checkpoint after step 3." in page.text and "epoch 1.5 of 2" in page.text.lower()
-    assert capsys.readouterr().err == "" and len(page.pictures()) > 50
+    assert capsys.readouterr().err.strip() == "" and len(page.pictures()) > 50
     # And of one whose images are gone, or others.
     shutil.rmtree(out / "report")
     report.main(report.ReportConfig(out, data=str(tmp_path / "nowhere")))
@@ -208,7 +208,7 @@ def test_a_run_that_was_stopped(photos, tmp_path, capsys):
     assert "are not those that" in capsys.readouterr().err
     assert Page(out / "report.html").pictures() == []
     # It resumes, and draws all of them.
-    assert train(photos, out)[0] is None
+    assert train(photos, out, "--share", 0.9)[0] is None
     assert len(Page(out / "report.html").pictures()) > 50
 
 
@@ -275,11 +275,15 @@ def test_comparison(run, finished, photos, tmp_path):
         (report, [], "Run folder of train/pretrain.py. (required)"),
         (compare, ["RUN"], "got 1 run folders, expected two or more"),
         (compare, ["RUN", "nothing"], "nothing is not a run"),
+        (report, ["TUNED"], "tuned is of eval/finetune.py"),
     ],
 )
 def test_mistakes_end_in_one_line(script, arguments, message, run, monkeypatch):
     config = {report: getattr(report, "ReportConfig", None), compare: getattr(compare, "CompareConfig", None)}[script]
-    monkeypatch.setattr(sys, "argv", ["script.py", *(str(run) if word == "RUN" else word for word in arguments)])
+    (run / "tuned").mkdir()
+    (run / "tuned" / "recipe.json").write_text('{"recipe": "finetune"}')
+    folders = {"RUN": str(run), "TUNED": str(run / "tuned")}
+    monkeypatch.setattr(sys, "argv", ["script.py", *(folders.get(word, word) for word in arguments)])
     with pytest.raises(SystemExit) as end:
         subject.run_script(config, script.main)
     assert end.value.code.startswith("error: ") and message in end.value.code and "\n" not in end.value.code

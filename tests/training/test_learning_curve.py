@@ -61,11 +61,12 @@ def test_a_curve_is_drawn_and_its_parts_are_not_run_again(photos, tmp_path, clea
         (("--shares", ".5", "1.5"), "must increase within (0, 1]"),
         (("--shares", ".1", "1"), "share 0.1 is 3 images, fewer than --batch-size 8"),
         (("nothing",), "unknown recipe 'nothing'"),
+        (("--pretrain=--init timm:x",), "leave it out of --pretrain"),
     ],
 )
 def test_mistakes_end_in_one_line(more, message, photos, tmp_path, monkeypatch):
     data = photos({f"{split}/{name}": 16 for split in ("train", "test") for name in "ab"})
-    said = refusal(monkeypatch, *more, *flags(data, tmp_path / "curve"))
+    said = refusal(monkeypatch, *flags(data, tmp_path / "curve", *more))
     assert message in said and said.startswith("error: ") and "\n" not in said
 
 

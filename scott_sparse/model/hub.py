@@ -51,8 +51,10 @@ def model_card(encoder: Encoder, name: str, *, license: str | None = None) -> Mo
         model_name=name if scores else None,
         eval_results=[_hub_result(result, top1) for result, top1 in scores] or None,
     )
-    title = f"# {name}\n\nVision Transformer, {count / 1e6:.1f} M parameters, pretrained without labels by "
-    title += "[SCOTT and MIM-JEPA](https://arxiv.org/abs/2502.18056): "
+    finetuned = recipe.get("recipe") == "finetune"  # a folder of eval/finetune.py
+    trained = "trained with labels" if finetuned else "pretrained without labels"
+    title = f"# {name}\n\nVision Transformer, {count / 1e6:.1f} M parameters, {trained}"
+    title += ": " if finetuned else " by [SCOTT and MIM-JEPA](https://arxiv.org/abs/2502.18056): "
     title += f"tokenizer {config.tokenizer}, width {config.dim}, {config.depth} blocks, patches of {config.patch_size}."
     if recipe.get("init"):
         title += f" Pretraining went on from the weights of {_last_part(recipe['init'])}."
@@ -60,7 +62,9 @@ def model_card(encoder: Encoder, name: str, *, license: str | None = None) -> Mo
     if encoder.preprocess:
         lines.append(f"## Preprocessing\n\n{_json(encoder.preprocess.to_json())}")
     lines.append(f"## Data and protocol\n\n{_about_data(recipe, summary)}")
-    lines.append(f"## Recipe\n\n{_about_training(summary)}{_json(_public(recipe)) if recipe else 'Not recorded.'}")
+    lines.append(
+        f"## Recipe\n\n{_about_training(summary, finetuned)}{_json(_public(recipe)) if recipe else 'Not recorded.'}"
+    )
     lines.append(f"## Metrics\n\n{_metrics(results, summary)}")
     lines.append(f"## Licence\n\nWeights: {license or 'not stated'}. The code, scott-sparse: Apache-2.0.")
     return ModelCard("\n\n".join(lines) + "\n")
@@ -110,13 +114,13 @@ def _about_data(recipe: dict, summary: dict) -> str:
     return f"Images: {_last_part(source['data'])} ({counts or 'counts are not recorded'}). Protocol {protocol}."
 
 
-def _about_training(summary: dict) -> str:
+def _about_training(summary: dict, finetuned: bool) -> str:
     if not summary:
         return ""
+    terms = "cross-entropy" if finetuned else ", ".join(summary["terms"])
     return (
         f"{summary['steps']:,} steps in {summary['train_seconds']:,.0f} s on {summary['processes']} x "
-        f"{summary['device']}, mixed precision {summary['mixed_precision']}; loss terms: "
-        f"{', '.join(summary['terms'])}.\n\n"
+        f"{summary['device']}, mixed precision {summary['mixed_precision']}; loss: {terms}.\n\n"
     )
 
 

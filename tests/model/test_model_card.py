@@ -89,7 +89,7 @@ def test_the_card_of_a_run(hub, photos, tmp_path):
         "Protocol clean: pretraining saw no test image",
         '"batch_size": 8',
         '"cross_crop_weight": 0.5',
-        "; loss terms: MIM-JEPA, NT-Xent",
+        "; loss: MIM-JEPA, NT-Xent",
         "| knn | photos | clean | 32 x 32 | k ",
         "chosen on val",
         "k-NN on val at the end of pretraining, %: pixels ",

@@ -53,7 +53,8 @@ class FinetuneConfig(LabelBudgetConfig):
     crop_scale: tuple[float, float] | None = None
     """Smallest and largest area of the random crops as a share of their image. Default: as in pretraining."""
     colour: float | None = None
-    """Probability, 0 to 1, that the colours of an image are changed. Default: the share of crops in pretraining."""
+    """Probability, 0 to 1, that the colours of an image are changed. Default: the share of crops in pretraining. Use 0
+    where colours tell the classes apart."""
     mixup: float = 0.0
     """Alpha of mixup (arXiv 1710.09412); 0: none. With cutmix as well, each batch has one of the two."""
     cutmix: float = 0.0

@@ -18,6 +18,7 @@ from conftest import TINY_RUN, run_pretraining, write_photo
 from safetensors import safe_open
 
 from scott_sparse.evaluation import report
+from scott_sparse.evaluation.probe import file_name
 from scott_sparse.evaluation.subject import run_script
 
 NAMES = [
@@ -70,7 +71,7 @@ def test_every_script(script, run, tmp_path, monkeypatch, capsys):
         assert len(names) == 10 * len(FOLDERS) and any(Path(name).parent.name == "[bold]" for name in names)
         return
     if script == "label_next":
-        assert (out / "eval" / f"label-next-{data.name}.csv").read_bytes().count(b".png") == 60
+        assert (out / "eval" / f"label-next-{file_name(str(data))}.csv").read_bytes().count(b".png") == 60
         return
     (path,) = (out / "eval").glob(f"{script}*.json")
     assert json.loads(path.read_text())["classes"] == sorted(FOLDERS)

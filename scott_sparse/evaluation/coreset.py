@@ -23,23 +23,25 @@ def k_centre(
     """
     assert 0 < count <= len(points)
     squares = points.square().sum(1)
+    # Written in place: new tensors at every step, between others that are kept, would scatter the heap over gigabytes.
+    nearest, distance = torch.full_like(squares, torch.inf), torch.empty_like(squares)
 
     def squared_distance(centre: Tensor) -> Tensor:
-        return (squares - 2 * points @ centre + centre.square().sum()).clamp(min=0)
+        torch.mv(points, centre, out=distance)
+        return distance.mul_(-2).add_(squares).add_(centre.square().sum()).clamp_(min=0)
 
-    nearest = torch.full_like(squares, torch.inf)
     for start in () if starts is None else starts:
-        nearest = torch.minimum(nearest, squared_distance(start))
+        torch.minimum(nearest, squared_distance(start), out=nearest)
     chosen: list[int] = []
-    distances = []
+    distances: list[float] = []
     for _ in track(range(count), description=what, transient=True):
         is_first = not chosen and starts is None
         farthest = int(squared_distance(points.mean(0)).argmin() if is_first else nearest.argmax())
         chosen.append(farthest)
-        distances.append(nearest[farthest].sqrt())
-        nearest = torch.minimum(nearest, squared_distance(points[farthest]))
+        distances.append(float(nearest[farthest].sqrt()))
+        torch.minimum(nearest, squared_distance(points[farthest]), out=nearest)
         nearest[farthest] = -1  # not again, even if all others are copies of it
-    return torch.tensor(chosen), torch.stack(distances).cpu()
+    return torch.tensor(chosen), torch.tensor(distances)
 
 
 def random_projection(points: Float[Tensor, "n C"]) -> Float[Tensor, "n c"]:

@@ -109,19 +109,20 @@ def test_the_commands_of_docs_run(photos, tmp_path, clean_environment):
     environment = {**clean_environment, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     quick = {"train/pretrain.py": TINY_RUN, "eval/finetune.py": ["--epochs", 1], "eval/attentive.py": ["--epochs", 1]}
-    ran = set()
+    ran, scripts = set(), set()
     for page in ("photos", "curves", "recipes", "protocols"):
         for block in re.findall(r"```bash\n(.*?)```", PAGES[ROOT / "docs" / f"{page}.md"], re.DOTALL):
             for line in block.splitlines():
                 words = shlex.split(line, comments=True)
-                if "--timm" in words or "runs/timm-resnet18" in words:
+                if "--timm" in words or "runs/timm-resnet18" in words or tuple(words) in ran:
                     continue
+                ran.add(tuple(words))
                 script = next(word for word in words if word.endswith(".py"))
                 words[words.index(script) + 1 : words.index(script) + 1] = map(str, quick.get(script, ()))
                 done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
                 assert done.returncode == 0, (page, line, done.stdout[-500:], done.stderr[-2000:])
-                ran.add(script)
-    assert len(ran) >= 8
+                scripts.add(script)
+    assert len(scripts) >= 8
 
 
 def test_no_markdown_link_is_dead():

@@ -118,7 +118,7 @@ def test_the_commands_of_docs_run(photos, tmp_path, clean_environment):
                     continue
                 ran.add(tuple(words))
                 script = next(word for word in words if word.endswith(".py"))
-                words[words.index(script) + 1 : words.index(script) + 1] = map(str, quick.get(script, ()))
+                words += map(str, quick.get(script, ()))  # the last of equal flags wins
                 done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
                 assert done.returncode == 0, (page, line, done.stdout[-500:], done.stderr[-2000:])
                 scripts.add(script)

@@ -213,6 +213,7 @@ def rehearse(run: Run, train: Train) -> Plan:
     for _ in range(2):  # the first warms up
         extract(FrozenEncoder(target), few, size=recipe.sides, tokens=True)
         times.append(time.perf_counter())
+    evaluating = max(gather_object([peak_memory_mib(device)]))  # pictures and k-NN at the end take whole batches too
     rankme(torch.randn(len(report.bank), run.model.encoder.config.dim))
     batch_seconds, rank_seconds = times[2] - times[1], time.perf_counter() - times[2]
     report_seconds = batch_seconds * _batches_of_report(run, report) + rank_seconds
@@ -222,7 +223,7 @@ def rehearse(run: Run, train: Train) -> Plan:
     mapped = (
         pretrain.channels * int(pretrain.sizes.prod(1).sum()) // MIB if is_mapped else 0
     )  # pages of the file, as they are used
-    return Plan(run, report, seconds, report_seconds, batch_seconds, peaks[whole] + mapped)
+    return Plan(run, report, seconds, report_seconds, batch_seconds, max(peaks[whole], evaluating) + mapped)
 
 
 def _step_seconds(run: Run, train: Train, count: int | None) -> float:

@@ -18,7 +18,6 @@ from einops import rearrange
 from matplotlib import colormaps
 from PIL import Image
 
-from scott_sparse.data.batches import Batches
 from scott_sparse.data.dataset import Data, evenly_spaced
 from scott_sparse.data.images import Images
 from scott_sparse.data.splits import load_digests
@@ -46,7 +45,7 @@ from scott_sparse.shapes import Float, Int, Tensor
 from scott_sparse.training.checkpoint import newest_valid, step_of
 from scott_sparse.training.recipe import Recipe
 from scott_sparse.training.resume import CHECKPOINTS, PICTURES, RECIPE, TOKENS
-from scott_sparse.training.run import open_images, preprocess_of
+from scott_sparse.training.run import batches_of, open_images, preprocess_of
 
 FIGURE_IMAGES = 8  # of tokens and attention
 VIEWED_IMAGES, QUERIES, NEIGHBOURS, PAIRS = 6, 12, 5, 8
@@ -67,17 +66,8 @@ def draw_views(out: Path, recipe: Recipe, data: Data) -> None:
     `out`: the run folder. Raises OSError if the disk is full.
     """
     images, patch, (h, w) = data.pretrain, recipe.patch_size, recipe.grid
-    batches = Batches(
-        images,
-        recipe.views,
-        recipe.grid,
-        recipe.hide_ratio,
-        recipe.mask_shape,
-        recipe.batch_size,
-        recipe.seed,
-        processes=max(recipe.batch_size // VIEWED_IMAGES, 1),  # the first of them has the images that are shown
-    )
-    batch = batches[0][0]
+    # Of so many processes the first has the images that are shown.
+    batch = batches_of(recipe, images, processes=max(recipe.batch_size // VIEWED_IMAGES, 1))[0][0]
     context, target = make_views(batch.crops, batch.views, size=recipe.sides, **unscaled(images.channels))
     scale = torch.ones(patch, patch)
     visible = torch.kron(batch.visible.unflatten(-1, (h, w)).float(), scale)[..., None].bool()  # B V H W 1

@@ -113,19 +113,9 @@ class Run:
 
     def batches(self, steps: range) -> Generator[list[Batch]]:
         """This process's share of the batches of some steps: for each step one micro-batch per accumulation step."""
-        recipe, accelerator = self.recipe, self.accelerator
-        batches = Batches(
-            self.data.pretrain,
-            recipe.views,
-            recipe.grid,
-            recipe.hide_ratio,
-            recipe.mask_shape,
-            recipe.batch_size,
-            recipe.seed,
-            accumulate=recipe.accumulate,
-            process=accelerator.process_index,
-            processes=accelerator.num_processes,
-        )
+        accelerator = self.accelerator
+        share = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+        batches = batches_of(self.recipe, self.data.pretrain, accumulate=self.recipe.accumulate, **share)
         return load(batches, steps, workers=self.workers, pin=accelerator.device.type == "cuda")
 
     def save_weights(self, target: Encoder, trained: MIMJEPA) -> None:
@@ -225,6 +215,12 @@ def open_images(recipe: Recipe) -> Data:
         kept = order[: round(recipe.share * len(order))].sort().values
         data = dataclasses.replace(data, pretrain=data.pretrain[kept])
     return data
+
+
+def batches_of(recipe: Recipe, images: Images, **share: int) -> Batches:
+    """The batches of a run on some images; `share`: `accumulate`, `process` and `processes` of `Batches`."""
+    grid, hide_ratio, mask_shape = recipe.grid, recipe.hide_ratio, recipe.mask_shape
+    return Batches(images, recipe.views, grid, hide_ratio, mask_shape, recipe.batch_size, recipe.seed, **share)
 
 
 def preprocess_of(recipe: Recipe, images: Images) -> Preprocess:

@@ -16,7 +16,7 @@ from rich.progress import track
 from torch import nn
 
 from scott_sparse.evaluation.features import Features
-from scott_sparse.model.vit import SwiGLU, init_linear
+from scott_sparse.model.vit import Dropout, SwiGLU, init_linear, layer_norm
 from scott_sparse.randomness import generator_at, seed_at
 from scott_sparse.shapes import Float, Int, Tensor
 
@@ -31,8 +31,8 @@ class SimpleHead(nn.Module):
 
     def __init__(self, dim: int, classes: int):
         super().__init__()
-        self.score = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(dim, 1))
-        self.dropout = nn.Dropout(DROPOUT)
+        self.score = nn.Sequential(Dropout(DROPOUT), nn.Linear(dim, 1))
+        self.dropout = Dropout(DROPOUT)
         self.classify = nn.Linear(dim, classes)
 
     def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B K"]:
@@ -45,9 +45,9 @@ class MultiHead(nn.Module):
 
     def __init__(self, dim: int, classes: int):
         super().__init__()
-        self.score = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(dim, HEADS))
-        self.dropout = nn.Dropout(DROPOUT)
-        self.project = nn.Sequential(nn.Dropout(DROPOUT), nn.Linear(dim, dim), nn.LayerNorm(dim))
+        self.score = nn.Sequential(Dropout(DROPOUT), nn.Linear(dim, HEADS))
+        self.dropout = Dropout(DROPOUT)
+        self.project = nn.Sequential(Dropout(DROPOUT), nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.classify = nn.Sequential(
             nn.SiLU(), nn.Linear(dim, dim), nn.LayerNorm(dim), nn.SiLU(), nn.Linear(dim, classes)
         )
@@ -59,7 +59,12 @@ class MultiHead(nn.Module):
 
 
 class CrossHead(nn.Module):
-    """Cross-attention of one learned query to the tokens; SwiGLU, LayerNorm, a linear classifier."""
+    """Cross-attention of one learned query to the tokens; SwiGLU, LayerNorm, a linear classifier.
+
+    With one query, keys and values need not be computed for each token: q (W x) = (q W) x, and the weighted sum of W x
+    is W of the weighted sum. The affine part of the LayerNorm of the tokens is moved in the same way; its bias adds the
+    same to all scores of a softmax. The result is that of the released code, for a tenth of the work.
+    """
 
     def __init__(self, dim: int, classes: int):
         super().__init__()
@@ -68,16 +73,20 @@ class CrossHead(nn.Module):
         self.tokens_norm, self.norm, self.last_norm = (nn.LayerNorm(dim) for _ in range(3))
         self.query_proj, self.proj = (init_linear(nn.Linear(dim, dim, bias=False)) for _ in range(2))
         self.key_value = init_linear(nn.Linear(dim, 2 * dim, bias=False))
-        self.dropout = nn.Dropout(DROPOUT)
+        self.dropout = Dropout(DROPOUT)
         self.ffn = SwiGLU(dim)
         self.classify = init_linear(nn.Linear(dim, classes))
 
     def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B K"]:
-        key, value = rearrange(self.key_value(self.tokens_norm(tokens)), "b n (two h d) -> two b h n d", two=2, h=HEADS)
-        query = rearrange(self.query_proj(self.query), "(h d) -> h 1 d", h=HEADS).expand(len(tokens), -1, -1, -1)
-        rate = DROPOUT if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=rate)
-        x = self.norm(self.query + self.dropout(self.proj(rearrange(attended, "b h 1 d -> b (h d)"))))
+        tokens = layer_norm(tokens)
+        key, value = rearrange(self.key_value.weight, "(two h d) i -> two h d i", two=2, h=HEADS)
+        query = rearrange(self.query_proj(self.query), "(h d) -> h d", h=HEADS)
+        scale, shift = self.tokens_norm.weight, self.tokens_norm.bias
+        scores = tokens @ (torch.einsum("hd,hdi->ih", query, key) * scale[:, None] * query.shape[1] ** -0.5)
+        weight = self.dropout(scores.softmax(dim=1))  # (B, N, h)
+        attended = rearrange(weight, "b n h -> b h n") @ tokens * scale + weight.sum(1)[..., None] * shift
+        attended = torch.einsum("bhi,hdi->bhd", attended, value).flatten(1)
+        x = self.norm(self.query + self.dropout(self.proj(attended)))
         return self.classify(self.last_norm(x + self.ffn(x)))
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from scott_sparse.evaluation import attentive
-from scott_sparse.evaluation.attentive import HEAD_TYPES, RATES, fit_attentive
+from scott_sparse.evaluation.attentive import HEAD_TYPES, HEADS, RATES, CrossHead, fit_attentive
 from scott_sparse.evaluation.features import Features
 
 CPU = torch.device("cpu")
@@ -32,6 +33,22 @@ def test_each_head_finds_the_informative_token(name, monkeypatch):
     held_out, expected = one_informative_token(90, 1)
     logits = probe.logits(held_out, range(len(probe.settings)))
     assert max((x.argmax(1) == expected).float().mean().item() for x in logits) == 1
+
+
+def test_cross_attention_is_that_of_keys_and_values_of_all_tokens():
+    torch.manual_seed(0)
+    head, tokens = CrossHead(16, 3).eval(), 2 * torch.randn(5, 9, 16) + 1
+    torch.nn.init.uniform_(head.tokens_norm.weight, 0.5, 2)
+    torch.nn.init.normal_(head.tokens_norm.bias)
+    torch.nn.init.normal_(head.query)
+    torch.nn.init.normal_(head.key_value.weight)  # else all tokens are weighed almost equally
+    keys_values = head.key_value(head.tokens_norm(tokens))
+    key, value = rearrange(keys_values, "b n (two h d) -> two b h n d", two=2, h=HEADS)
+    query = rearrange(head.query_proj(head.query), "(h d) -> h 1 d", h=HEADS).expand(5, -1, -1, -1)
+    attended = rearrange(F.scaled_dot_product_attention(query, key, value), "b h 1 d -> b (h d)")
+    x = head.norm(head.query + head.proj(attended))
+    expected = head.classify(head.last_norm(x + head.ffn(x)))
+    torch.testing.assert_close(head(tokens), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_heads_are_trained_as_if_alone(monkeypatch):

@@ -106,7 +106,7 @@ class Cell:
 
 
 def main() -> None:
-    bench = tyro.cli(Bench)
+    bench = tyro.cli(Bench, description=__doc__)
     for given, known in ((bench.only, CELLS), (bench.on, tuple(SETS))):
         if unknown := set(given) - set(known):
             sys.exit(f"error: unknown {sorted(unknown)}; expected some of: {', '.join(known)}.")

@@ -39,12 +39,15 @@ class Settings:
     data: Path | None = None
     """Folder of photos; drawn ones if not given."""
     images: int = 13_000
-    """To draw."""
+    """How many photos to draw."""
     image_size: int = 224
+    """Side of the views in pixels."""
     batch_size: int = 64
+    """Images per batch."""
     rounds: int = 5
+    """Measurements of each input path, in turns; the table shows median and range."""
     seconds: float = 8.0
-    """Of each round and path."""
+    """Duration of each measurement."""
 
 
 class PilViews(Dataset):
@@ -93,7 +96,7 @@ def draw_photos(folder: Path, count: int) -> None:
 
 
 def main() -> None:
-    settings = tyro.cli(Settings)
+    settings = tyro.cli(Settings, description=__doc__)
     with tempfile.TemporaryDirectory() as scratch:
         folder = settings.data or Path(scratch, "photos")
         if settings.data is None:

@@ -228,7 +228,7 @@ class Settings:
 
 def main() -> None:
     with exit_on_user_error():
-        settings = parse_flags(Settings)
+        settings = parse_flags(Settings, description=__doc__)
         if unknown := set(settings.only) - set(NAMES):
             raise ValueError(f"unknown methods {sorted(unknown)}; expected some of: {', '.join(NAMES)}.")
         if settings.tables:

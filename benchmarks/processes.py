@@ -35,16 +35,19 @@ class Settings:
     """What follows after -- are arguments of train/pretrain.py."""
 
     processes: tuple[int, ...] = (1, 2)
+    """Numbers of processes to compare."""
     rounds: int = 3
+    """Runs of each number, in turns; the table shows median and range."""
     bandwidth: float | None = None
-    """GB/s."""
+    """Bandwidth between processes in GB/s, from which 8 and 64 of them are estimated."""
     json: Path | None = None
+    """File for the results."""
 
 
 def main() -> None:
     arguments = sys.argv[1:]
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    settings = tyro.cli(Settings, args=arguments[:split])
+    settings = tyro.cli(Settings, args=arguments[:split], description=__doc__)
     run = arguments[split + 1 :] or ["demo", "--epochs", "1"]
     _, recipe = recipes.parse(run)
     rates = {count: [] for count in settings.processes}

@@ -79,14 +79,17 @@ class Settings:
     only: tuple[str, ...] = ()
     """Cases by name, or SCALE; default those of the device that is here."""
     rounds: int = 5
+    """Measurements of each form, in turns; the table shows median and range."""
     steps: int = 3
-    """Of each form in a round."""
+    """Optimizer steps of each measurement."""
     batch: int | None = None
-    """Images of a step; default that of the case."""
+    """Images per step. Default: that of the case."""
     forms: tuple[str, ...] = ("plain", "fp32", "bf16")
     """plain, or the precision of our step: fp32, bf16, "fp32 compile", "bf16 compile"."""
     engine: str = "auto"
+    """Engine of the tokenizer in all forms but plain: auto, dense, halo or spconv."""
     json: Path | None = None
+    """File for the results."""
 
 
 class Step:
@@ -280,7 +283,7 @@ def flops(recipe: recipes.Recipe, device: torch.device) -> int:
 
 
 def main() -> None:
-    settings = tyro.cli(Settings)
+    settings = tyro.cli(Settings, description=__doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console, answers, masks = Console(width=150), [], masks_per_second()
     console.print(f"masks of 14 x 14: {masks:,.0f} per second, on one core")

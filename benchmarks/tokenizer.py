@@ -45,14 +45,17 @@ class Settings:
     only: tuple[str, ...] = ()
     """Stems by name; default all."""
     repeats: int = 7
+    """Measurements of each form, in turns; the table shows the median."""
     shares: tuple[float, ...] = SHARES
+    """Shares of visible patches to measure."""
     batch: int | None = None
-    """Images; default as STEMS says."""
+    """Images per batch. Default: that of the stem in STEMS."""
     forms: tuple[str, ...] = ("dense", "halo", *PACKAGES, "spconv 5x5")
-    """Those of packages that are not here, or not for this device, are left out."""
+    """Engines to compare; those whose package is not installed, or does not work on this device, are left out."""
     tile_sizes: int | None = None
     """Of how many tile sizes spconv-triton chooses when a kernel is first used; default all of its 37, for minutes."""
     json: Path | None = None
+    """File for the results."""
 
 
 class OfPackage(SpConv):
@@ -89,7 +92,7 @@ ENGINES |= {"spconv": OfSpconv, "spconv_triton": OfTriton, "spconv 5x5": BlocksO
 
 
 def main() -> None:
-    settings = tyro.cli(Settings)
+    settings = tyro.cli(Settings, description=__doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console, rows = Console(width=170), []
     about = f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}"

@@ -268,25 +268,36 @@ def spread(rows: list[dict], measure: str) -> str:
 
 
 def draw_curves(rows: list[dict]) -> None:
-    """Test accuracy by images seen, one panel a set, for cells that were probed at several points."""
-    several = {(row["set"], row["cell"], row["images"]) for row in rows if row["at"] < row["images"]}
-    for on in sorted({on for on, _, _ in several}):
-        figure = Figure(figsize=(9, 3), layout="constrained")
-        for axes, probe in zip(figure.subplots(1, len(PROBES), sharey=True), PROBES):
-            for _, cell, images in sorted(key for key in several if key[0] == on):
-                own = [row for row in rows if (row["set"], row["cell"], row["images"]) == (on, cell, images)]
-                for seed in sorted({row["seed"] for row in own}):
-                    of_seed = sorted((row["at"], row[f"{probe}_test"]) for row in own if row["seed"] == seed)
-                    axes.plot(*zip(*of_seed), "o-", markersize=3, label=f"{cell}, seed {seed}")
-            for row in rows:
-                if row["set"] == on and row["cell"] == "untrained":
-                    axes.axhline(row[f"{probe}_test"], color="grey", linestyle="--", linewidth=1, label="untrained")
-            axes.set(title=f"{on}, {probe}", xlabel="images seen")
-            axes.grid(alpha=0.3)
-        figure.axes[0].set_ylabel("test top-1, %")
-        figure.axes[0].legend(fontsize=7)
-        FIGURES.mkdir(exist_ok=True)
-        figure.savefig(FIGURES / f"curve-{on}.png", dpi=110)
+    """Test accuracy by images seen of the cells that were probed at several points: a row a set, a column a probe.
+
+    Horizontal lines: the untrained encoder, and the recipe small-data at its end.
+    """
+    several = {(row["set"], row["cell"], row["seed"], row["images"]) for row in rows if row["at"] < row["images"]}
+    sets = [on for on in SETS if any(on == key[0] for key in several)]
+    if not sets:
+        return
+    figure = Figure(figsize=(9, 2.6 * len(sets)), layout="constrained")
+    panels = figure.subplots(len(sets), len(PROBES), sharex=True, sharey="row", squeeze=False)
+    for (row_number, on), (column, probe) in itertools.product(enumerate(sets), enumerate(PROBES)):
+        axes = panels[row_number, column]
+        for key in sorted(key for key in several if key[0] == on):
+            of_key = [row for row in rows if (row["set"], row["cell"], row["seed"], row["images"]) == key]
+            curve = sorted((row["at"] / 1000, row[f"{probe}_test"]) for row in of_key)
+            axes.plot(*zip(*curve), "o-", markersize=3, label=f"{key[1]}, seed {key[2]}")
+        for cell, style in (("untrained", "--"), ("small-data", ":")):
+            ends = [row for row in rows if (row["set"], row["cell"], row["seed"]) == (on, cell, 0)]
+            for row in ends:
+                label = cell if cell == "untrained" else f"{cell}, {row['images']:,} images"
+                axes.axhline(row[f"{probe}_test"], color="grey", linestyle=style, linewidth=1, label=label)
+        axes.set_title(f"{on}, {probe}", fontsize=9)
+        axes.grid(alpha=0.3)
+    for axes in panels[-1]:
+        axes.set_xlabel("thousand images seen")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("test top-1, %")
+    panels[0, 0].legend(fontsize=6)
+    FIGURES.mkdir(exist_ok=True)
+    figure.savefig(FIGURES / "curves.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 import segment
 import table
 import torch
+import torch.nn.functional as F
 from conftest import TINY, write_photo
 from PIL import Image
 
@@ -167,6 +168,31 @@ def test_segmentation_of_petals_and_pets(run_folder, tmp_path, monkeypatch):
         (base / "annotations" / f"{split}.txt").write_text("".join(lines))
     result = evaluate("segment", run_folder, "pets37", tmp_path, steps=40, data_root=tmp_path)
     assert result["classes"] == ["background", "pet"] and result["heads"]["linear"]["test"]["miou"] > 45
+
+
+def test_maps_of_val_and_test_are_counted_batch_by_batch(run_folder, pairs, tmp_path, monkeypatch):
+    """To the counts of all maps at once."""
+    confusions, roles = evaluation_segment.confusions, []
+
+    def compared(candidates, batches, masks, **how):
+        parts = []
+        batches = ((parts.append(batch), batch)[1] for batch in iter(batches))
+        counts = confusions(candidates, batches, masks, **how)
+        assert all(len(maps) <= 8 for batch in parts for maps in batch.values())
+        for candidate, own in zip(candidates, counts):
+            maps = torch.cat([batch[candidate.setting["features"]] for batch in parts]).float()
+            with torch.no_grad():
+                logits = F.interpolate(candidate.model(maps), size=masks.shape[1:], mode="bilinear")
+            pairs = [(masks == row) & (logits.argmax(1) == column) for row in (0, 1) for column in (0, 1)]
+            assert torch.equal(own, torch.stack([both.sum((1, 2)) for both in pairs], 1).unflatten(1, (2, 2)))
+        roles.append((len(candidates), len(masks)))
+        return counts
+
+    monkeypatch.setattr(evaluation_segment, "BATCH", 8)
+    monkeypatch.setattr(evaluation_segment, "confusions", compared)
+    root = pairs("images/{}", {"train": 12, "val": 9, "test": 18})
+    evaluate("segment", run_folder, root, tmp_path, steps=5)
+    assert roles == [(1, 12), (1, 12), (6, 9), (3, 18)]  # clusters are named on train; then val, then test once
 
 
 def test_a_run_pretrained_on_test_images_is_not_evaluated_as_clean(run_folder, pairs, tmp_path):

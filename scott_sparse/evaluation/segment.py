@@ -12,6 +12,7 @@ one class each, so that most training pixels are right (Hungarian matching, as i
 import dataclasses
 import functools
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -221,16 +222,28 @@ def _to_pixels(logits: Float[Tensor, "B K h w"], size) -> Float[Tensor, "B K H W
 
 
 def fit_kmeans(maps: Maps, masks: UInt8[Tensor, "n H W"], *, classes: int, device: torch.device) -> Iterator[Candidate]:
-    """k-means on each kind of map, as a linear head: the nearest of the centres c has the largest 2 c x - |c|²."""
+    """k-means on each kind of map, as a linear head: the nearest of the centres c has the largest 2 c x - |c|².
+
+    Where patches have fewer different features than there are classes, so many clusters are made and a line says so.
+    """
     for kind, features in maps.items():
         drawn = torch.randperm(features[:, 0].numel(), generator=generator_at("patches for k-means"))[:CLUSTERED]
         patches = features.flatten(2)  # n c (h w)
         points = patches[drawn // patches.shape[2], :, drawn % patches.shape[2]].float().numpy()
+        clusters = min(classes, len(np.unique(points, axis=0)))
+        if clusters < classes:
+            print(
+                f"note: k-means on {kind} finds {clusters} different features for {classes} classes, as of blank "
+                "images or a collapsed encoder."
+            )
         fits = []
         for restart in track(range(RESTARTS), description=f"k-means on {kind}", transient=True):
-            centres, labels = kmeans2(points, classes, iter=30, minit="++", rng=restart, missing="raise")
+            with warnings.catch_warnings():  # a cluster that loses all of its points keeps its centre
+                warnings.filterwarnings("ignore", "One of the clusters is empty")
+                centres, labels = kmeans2(points, clusters, iter=30, minit="++", rng=restart)
             fits.append((float(np.square(points - centres[labels]).sum()), centres))
         centres = torch.from_numpy(min(fits, key=lambda fit: fit[0])[1]).float()
+        centres = F.pad(centres, (0, 0, 0, classes - clusters), value=torch.nan)  # clusters that are nowhere
         head = nn.Conv2d(features.shape[1], classes, 1).to(device)
         candidate = Candidate("kmeans", {"features": kind}, head)
         _set_linear(head, centres)
@@ -242,7 +255,8 @@ def fit_kmeans(maps: Maps, masks: UInt8[Tensor, "n H W"], *, classes: int, devic
 
 
 def _set_linear(head: nn.Conv2d, centres: Float[Tensor, "K C"]) -> None:
-    head.load_state_dict({"weight": 2 * centres[..., None, None], "bias": -centres.square().sum(1)})
+    bias = -centres.square().sum(1).nan_to_num(1e30)
+    head.load_state_dict({"weight": 2 * centres.nan_to_num(0)[..., None, None], "bias": bias})
 
 
 @torch.no_grad()

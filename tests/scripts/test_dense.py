@@ -195,6 +195,23 @@ def test_maps_of_val_and_test_are_counted_batch_by_batch(run_folder, pairs, tmp_
     assert roles == [(1, 12), (1, 12), (6, 9), (3, 18)]  # clusters are named on train; then val, then test once
 
 
+@pytest.mark.parametrize("levels", [(90,), (90, 230)])
+def test_segmentation_of_blank_images(levels, run_folder, pairs, tmp_path, capsys):
+    """k-means has no more clusters than there are colours; the class of each is the largest in its pixels."""
+    root = pairs(counts={"": 20})
+    for i in range(20):
+        mask = np.full((40, 48), len(levels), dtype=np.uint8)
+        mask[:, :10], mask[:, 10:16] = 0, 2 if len(levels) == 1 else 1
+        pixels = np.full((40, 48, 3), levels[-1], dtype=np.uint8)
+        pixels[:, :10] = levels[0]
+        Image.fromarray(pixels).save(root / "images" / f"{i}.png")
+        write_mask(root / "masks" / f"{i}.png", mask)
+    heads = evaluate("segment", run_folder, root, tmp_path, init="pixels", steps=20)["heads"]
+    best = heads["kmeans"]["test"]["accuracy"]
+    assert f"note: k-means on patch finds {len(levels)} different features for 3 classes" in capsys.readouterr().out
+    assert best > (60 if len(levels) == 1 else 80) and heads["linear"]["test"]["accuracy"] >= best - 5
+
+
 def test_a_run_pretrained_on_test_images_is_not_evaluated_as_clean(run_folder, pairs, tmp_path):
     root, run = pairs(), shutil.copytree(run_folder, tmp_path / "run")
     data = open_data(DataConfig(data=str(root / "images"), cache_dir=tmp_path), short_side=short_side_for((32, 32)))

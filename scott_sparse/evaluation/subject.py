@@ -191,12 +191,17 @@ def load_all_digests(run: Path) -> Int[Tensor, " n"] | None:
 
     Digests are of images as they were decoded: those of runs at another image size match nothing.
     """
-    digests, recipe = load_digests(run), run / "recipe.json"
+    digests, before = load_digests(run), load_start_digests(run)
+    return digests if digests is None or before is None else torch.cat([digests, before]).unique()
+
+
+def load_start_digests(run: Path) -> Int[Tensor, " n"] | None:
+    """`load_all_digests` of the run that a run started from; None without one."""
+    recipe = run / "recipe.json"
     start = read_json(recipe).get("init") if recipe.is_file() else None
-    if digests is None or not start or start.startswith("timm:"):
-        return digests
-    before = load_all_digests(Path(start) if Path(start).is_dir() else Path(start).parent)
-    return digests if before is None else torch.cat([digests, before]).unique()
+    if not start or start.startswith("timm:"):
+        return None
+    return load_all_digests(Path(start) if Path(start).is_dir() else Path(start).parent)
 
 
 def _height_width(size) -> tuple[int, int]:

@@ -65,7 +65,7 @@ def open_folder(
     for folder in ("eval", PICTURES):  # of weights that are replaced
         shutil.rmtree(out / folder, ignore_errors=True)
     write_json(out / RECIPE, {"recipe": name, **recipe.to_json()})
-    save_digests(out, data.pretrain)
+    save_digests(out, data.pretrain.digests)
     if data.unreadable:
         (out / UNREADABLE).write_text("\n".join([*unreadable_lines(data.unreadable), ""]), encoding="utf-8")
     return checkpoint

@@ -215,7 +215,7 @@ def test_segmentation_of_blank_images(levels, run_folder, pairs, tmp_path, capsy
 def test_a_run_pretrained_on_test_images_is_not_evaluated_as_clean(run_folder, pairs, tmp_path):
     root, run = pairs(), shutil.copytree(run_folder, tmp_path / "run")
     data = open_data(DataConfig(data=str(root / "images"), cache_dir=tmp_path), short_side=short_side_for((32, 32)))
-    save_digests(run, data.pretrain)
+    save_digests(run, data.pretrain.digests)
     (run / "summary.json").write_text(json.dumps({"data": {"source": "x", "protocol": "clean"}}))
     with pytest.raises(ValueError, match=r"was pretrained on (\d+) of the \1 test images"):
         evaluate("segment", run, root, tmp_path, steps=5)

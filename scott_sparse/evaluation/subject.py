@@ -18,7 +18,7 @@ from scott_sparse.distributed import rank
 from scott_sparse.evaluation.encoders import FrozenEncoder, ImageEncoder, Pixels, TimmModel
 from scott_sparse.files import read_json
 from scott_sparse.model.pretrained import first_encoder
-from scott_sparse.model.weights import load_encoder
+from scott_sparse.model.weights import load_encoder, trained_by
 from scott_sparse.shapes import Int, Tensor
 
 Config = TypeVar("Config")
@@ -76,7 +76,7 @@ class EncoderUnderTest:
     """An encoder, and how to evaluate it."""
 
     name: str
-    """pretrained, context, random, start (of a run with --init), pixels, or the name of a timm model."""
+    """A key of TRAINED, random, start (of a run with --init), pixels, or the name of a timm model."""
     run: str
     """As it was given, or timm:NAME."""
     model: ImageEncoder
@@ -145,7 +145,7 @@ def open_encoder(config: ProbeConfig) -> EncoderUnderTest:
     pretraining = None
     if "data" in summary and "image_size" in recipe:
         pretraining = {**summary["data"], "image_size": recipe["image_size"]}
-    name = {"target": "pretrained", "context": "context"}[config.weights]
+    name = trained_by(recipe, summary) if config.weights == "target" else "context"
     return EncoderUnderTest(name, config.run, FrozenEncoder(encoder, span), size, out, pretraining)
 
 

@@ -231,7 +231,9 @@ def train(task: Task, lr: float) -> tuple[Path, dict[str, Any]]:
 
     def write() -> dict[str, Any]:
         save_classifier(best, out, size=subject.size)
-        summary = run.write_summary({**log, "val": points, "lr": lr, "classes": list(labelled.classes)}, {})
+        summary = run.write_summary(
+            {**log, "val": points, "lr": lr, "subject": subject.name, "classes": list(labelled.classes)}, {}
+        )
         shutil.rmtree(out / CHECKPOINTS)
         return summary
 

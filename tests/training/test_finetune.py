@@ -18,12 +18,13 @@ import torch
 from conftest import ROOT, TINY, write_photo
 from safetensors.torch import load_file
 
-from scott_sparse import Encoder, save_encoder
+from scott_sparse import Encoder, load_encoder, save_encoder
 from scott_sparse.data.dataset import DataConfig, open_data, short_side_for
 from scott_sparse.data.splits import load_digests, save_digests
 from scott_sparse.evaluation.finetune import Augment, Classifier, FinetuneConfig, balanced_weights
 from scott_sparse.evaluation.labels import draw_labels
 from scott_sparse.evaluation.subject import LabelBudgetConfig, run_script
+from scott_sparse.model.hub import model_card
 from scott_sparse.training import finetune
 from scott_sparse.training.optim import adamw
 
@@ -176,6 +177,22 @@ def test_one_table_of_frozen_fine_tuned_and_scratch(run_folder, photos_folder, t
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [row[0].split()[-3] for row in cells] == ["pretrained,", "random,"] and all(map(all, cells[:1]))
     assert cells[1][1:3] == ["", ""] and all(cells[1][3:])
+
+
+def test_a_classifiers_folder_says_how_it_was_trained(run_folder, photos_folder, tmp_path, capsys):
+    for name, scratch in (("fine-tuned", ()), ("trained from scratch", ("--from-scratch",))):
+        more = ("--epochs", 1, "--out", tmp_path / name, *scratch)
+        assert run(*flags(run_folder, photos_folder, tmp_path, *more))[0] is None
+        (folder,) = (tmp_path / name).glob("finetune/*")
+        (result,) = result_of_knn(folder, photos_folder, tmp_path)
+        assert result["subject"] == name
+        table.main(table.TableConfig((folder,)))
+        printed = capsys.readouterr().out
+        assert f"{folder} {name}, 32 px" in printed and f"on {name} features" in printed
+        card = str(model_card(load_encoder(folder), "photos"))
+        assert f", {name} with labels: tokenizer" in card and "| knn | photos" in card
+        assert "Protocol clean: training saw no test image" in card and "pretraining" not in card
+        assert ("self-supervised" in card) == (name == "fine-tuned")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+import checkout  # noqa: F401 - first
 import torch
 import tyro
 

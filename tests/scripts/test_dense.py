@@ -231,6 +231,8 @@ def test_mistakes_of_segmentation_end_in_one_line(run_folder, pairs, tmp_path, m
     write_photo(roots["rgb"] / "masks" / "3.png", 40, 48)
     roots["unseen"] = pairs("images/{}", {"train": 6, "val": 2, "test": 2}, name="unseen")
     write_mask(roots["unseen"] / "masks" / "test" / "1.png", np.full((40, 48), 7, dtype=np.uint8))
+    roots["void"] = pairs("images/{}", {"train": 6, "val": 2, "test": 1}, name="void")
+    write_mask(roots["void"] / "masks" / "test" / "0.png", np.full((40, 48), 255, dtype=np.uint8))
     roots["none"] = tmp_path / "none"
     roots["none"].mkdir()
     roots["two"] = pairs(counts={"": 1}, name="two")
@@ -240,6 +242,7 @@ def test_mistakes_of_segmentation_end_in_one_line(run_folder, pairs, tmp_path, m
         (roots["rgb"], "mode RGB, expected an indexed (P) or grey (L) PNG"),
         (roots["single"], "hold class 0 alone (255 is ignored); a second one is needed: where 255 marks the object"),
         (roots["unseen"], "class 7 is in masks of test but in none of train; move some images"),
+        (roots["void"], "all pixels in the masks of test are 255, which is ignored; move some images there"),
         (roots["none"], "no images/; expected images/NAME.jpg"),
         (roots["two"], "too few images with masks to set some aside for val"),
         (tmp_path / "nowhere", "expected petals, pets37, or a folder with images/ and masks/"),

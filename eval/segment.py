@@ -8,8 +8,8 @@ Masks: indexed or grey PNGs of class numbers, 255 where no class counts; classes
 Also --data pets37 (its trimaps). Features (last block or last four) and learning rate are chosen on val. Results: mean
 IoU over the classes and that of each, as JSON, and a picture of some test images with their masks, in RUN/eval.
 
-The feature maps of all images are kept in memory: 0.8 GB for a thousand images of 224 pixels at width 384. A smaller
---image-size takes less.
+The feature maps of the training images are kept in memory: 0.8 GB for a thousand images of 224 pixels at width 384. A
+smaller --image-size takes less.
 """
 
 import checkout  # noqa: F401 - first

@@ -14,6 +14,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+import checkout  # noqa: F401 - first
 import torch
 import tyro
 
@@ -53,17 +54,17 @@ def main(config: VisualizeConfig) -> None:
     height, width = encoder.size
     size = (height, width) if config.image_size else (2 * height, 2 * width)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    before, pretrained = open_at(size, "random"), open_at(size)
+    before, after = open_at(size, "random"), open_at(size)
     name = "untrained" if before.name == "random" else before.name
-    encoders = {name: before.model.to(device), "pretrained": pretrained.model.to(device)}
+    encoders = {name: before.model.to(device), after.name: after.model.to(device)}
     images, classes = open_some(encoder.source(config.source), config.images, short_side=2 * max(size))
     out = config.out or Path(config.run, "pictures")
     out.mkdir(parents=True, exist_ok=True)
     how = {"size": size, "titles": titles_of(images, classes)}
     tokens = draw_tokens(out / "tokens.png", images, encoders, stride=config.stride, **how)
     draw_similarity(out / "similarity.png", images, tokens, points=config.points, **how)
-    draw_attention(out / "attention.png", images, encoders["pretrained"], stride=config.stride, **how)
-    grid = " x ".join(map(str, tokens["pretrained"].shape[1:3]))
+    draw_attention(out / "attention.png", images, after.model, stride=config.stride, **how)
+    grid = " x ".join(map(str, tokens[after.name].shape[1:3]))
     print(f"{out}: tokens.png, similarity.png, attention.png; {grid} tokens, images of {size[0]} x {size[1]} pixels")
 
 

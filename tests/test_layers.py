@@ -31,5 +31,6 @@ def test_imports_never_go_up(path):
 
 
 @pytest.mark.parametrize("path", [*ROOT.glob("train/*.py"), *ROOT.glob("eval/*.py")], ids=lambda p: p.stem)
-def test_scripts_patch_no_path(path):
+def test_scripts_import_checkout_and_patch_no_path(path):
     assert "sys.path" not in path.read_text()
+    assert path.stem == "checkout" or "checkout" in imported(path)

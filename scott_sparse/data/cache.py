@@ -37,7 +37,7 @@ from rich.markup import escape
 from rich.progress import track
 from safetensors.torch import load, save
 
-from scott_sparse.data.decode import bits_for, decode, largest_value, pixel_digest
+from scott_sparse.data.decode import decode, largest_value, pixel_digest, white_for
 from scott_sparse.data.images import Images
 from scott_sparse.data.readers import FIRST_PAGE, Picture, Selection, Unreadable, prepare_pillow, reader_versions
 from scott_sparse.data.sources import Source, printable
@@ -47,7 +47,7 @@ from scott_sparse.shapes import Int, Tensor
 
 CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "scott_sparse"
 TEMPORARY_CACHE_DIR = Path(tempfile.gettempdir()) / f"scott_sparse-{getattr(os, 'getuid', lambda: 'cache')()}"
-FORMAT = 2  # part of every fingerprint: raise it whenever a decoded pixel or the layout of the file changes
+FORMAT = 3  # part of every fingerprint: raise it whenever a decoded pixel or the layout of the file changes
 TRAILER = struct.Struct("<Q16s8s")  # length and digest of the index, then MAGIC
 MAGIC = b"scottpix"
 
@@ -124,7 +124,7 @@ def decode_once(
     if keep_pixels and about["bytes"] <= read_ahead_bytes and hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, about["bytes"], os.POSIX_FADV_WILLNEED)
-    again = functools.partial(_decode_again, source, short_side, selection, about["bits"])
+    again = functools.partial(_decode_again, source, short_side, selection, about["white"])
     read = MappedPixels(path, sizes, selection.channels) if keep_pixels else again
     labels = torch.tensor(source.labels) if source.labels else None
     images = Images(read, torch.arange(len(sizes)), sizes, digests, labels, source.names, selection.channels)
@@ -137,10 +137,10 @@ def decode_some(
 ) -> tuple[Images, dict[int, str]]:
     """Some pictures of a source, decoded into memory, no file is written; and by number why some cannot be read."""
     prepare_pillow()
-    find_bits, decoded, unreadable = BitDepth(source, selection), {}, {}
+    find_white, decoded, unreadable = FindWhite(source, selection), {}, {}
     for i in indices:
         try:
-            decoded[i] = decode(_picture(source, i), short_side, selection, find_bits=find_bits)
+            decoded[i] = decode(_picture(source, i), short_side, selection, find_white=find_white)
         except Unreadable as reason:
             unreadable[i] = str(reason)
     labels = torch.tensor([source.labels[i] for i in decoded]) if source.labels else None
@@ -164,9 +164,11 @@ class MappedPixels:
         return MappedPixels, (self.path, self.sizes, self.channels)
 
 
-def _decode_again(source: Source, short_side: int, selection: Selection, bits: int, i: int) -> np.ndarray:
+def _decode_again(
+    source: Source, short_side: int, selection: Selection, white: int | float | None, i: int
+) -> np.ndarray:
     try:
-        return decode(source.picture(i), short_side, selection, find_bits=lambda: bits).numpy()
+        return decode(source.picture(i), short_side, selection, find_white=lambda: white).numpy()
     except Unreadable as reason:
         raise ValueError(f"{source.names[i]} could be read when the run began, and now: {reason}.") from None
 
@@ -232,9 +234,9 @@ def _write(
     total = len(source.names)
     sizes, digests = torch.zeros(total, 2, dtype=torch.int64), torch.zeros(total, dtype=torch.int64)
     unreadable, notes = {}, Counter[str]()
-    find_bits = BitDepth(source, selection)
+    find_white = FindWhite(source, selection)
     with open_atomically(path, locked=True) as file:
-        decoded = _decode_all(source, short_side, selection, find_bits)
+        decoded = _decode_all(source, short_side, selection, find_white)
         console, description = Console(stderr=True), f"decoding {escape(printable(title))}"
         for i, picture in enumerate(track(decoded, description, total, console=console, transient=True)):
             if i == -(-total // 10):
@@ -250,10 +252,12 @@ def _write(
         length = file.tell()
         file.flush()
         lines = [f"{note} ({count:,} images)" for note, count in sorted(notes.items())]
-        if find_bits.bits:
-            lines.append(f"values of more than 8 bits are taken as {find_bits.bits}-bit (0 to {2**find_bits.bits - 1})")
+        if isinstance(white := find_white.white, int):
+            lines.append(f"values of more than 8 bits are taken as {white.bit_length()}-bit (0 to {white})")
+        elif white:
+            lines.append(f"floating-point values are taken as 0 to {white:g}")
         about = {"bytes": length, "fingerprint": fingerprint, "unreadable": unreadable, "sample": _sample(file, length)}
-        about |= {"bits": find_bits.bits or 16, "notes": lines}
+        about |= {"white": find_white.white, "notes": lines}
         encoded = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
         index = save({"sizes": sizes, "digests": digests, "about": encoded})
         file.seek(length)
@@ -267,8 +271,8 @@ def _check_room(*, folder: Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, f"about {decimal(needed)} more are needed, {decimal(free)} are free")
 
 
-class BitDepth:
-    """Bit depth of a source's pictures of more than 8 bits, found when the first of them is decoded, in any thread.
+class FindWhite:
+    """`white_for` a source's pictures of more than 8 bits, found when the first of them is decoded, in any thread.
 
     A file of 16 bits may hold values of 12: those of all pictures are compared, so that an image keeps its brightness
     relative to the others.
@@ -276,17 +280,17 @@ class BitDepth:
 
     def __init__(self, source: Source, selection: Selection):
         self.source, self.selection = source, selection
-        self.bits: int | None = None
+        self.white: int | float | None = None
         self.lock = threading.Lock()
 
-    def __call__(self) -> int:
+    def __call__(self) -> int | float:
         with self.lock:
-            if self.bits is None:
+            if self.white is None:
                 with ThreadPoolExecutor(cpu_count()) as pool:
-                    self.bits = bits_for(max(pool.map(self._largest_value, range(len(self.source.names)))))
-            return self.bits
+                    self.white = white_for(max(pool.map(self._largest_value, range(len(self.source.names)))))
+            return self.white
 
-    def _largest_value(self, i: int) -> int:
+    def _largest_value(self, i: int) -> int | float:
         with contextlib.suppress(Unreadable):
             return largest_value(_picture(self.source, i), self.selection)
         return 0
@@ -301,7 +305,7 @@ def _picture(source: Source, i: int) -> Picture:
 
 
 def _decode_all(
-    source: Source, short_side: int, selection: Selection, find_bits: Callable[[], int]
+    source: Source, short_side: int, selection: Selection, find_white: Callable[[], int | float]
 ) -> Iterator[tuple[np.ndarray, int, list[str]] | str]:
     """Pixels, digest and notes of each picture, or why it cannot be read.
 
@@ -312,7 +316,7 @@ def _decode_all(
         notes: list[str] = []
         try:
             picture = _picture(source, i)
-            pixels = decode(picture, short_side, selection, find_bits=find_bits, note=notes.append).numpy()
+            pixels = decode(picture, short_side, selection, find_white=find_white, note=notes.append).numpy()
         except Unreadable as reason:
             return str(reason)
         return pixels, pixel_digest(pixels), notes

@@ -2,13 +2,14 @@
 
 Pixels are those that an image viewer shows: EXIF orientation and colour profile (ICC) are applied, transparency is
 composited over white, and of an animation the first frame is taken. Values of more than 8 bits are scaled by the range
-of the whole data set, so that its images stay comparable.
+of the whole data set (`white_for`), so that its images stay comparable.
 """
 
 import contextlib
 import functools
 import hashlib
 import io
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -41,13 +42,14 @@ def decode(
     short_side: int,
     selection: Selection = FIRST_PAGE,
     *,
-    find_bits: Callable[[], int] = lambda: 16,
+    find_white: Callable[[], int | float | None] = lambda: None,
     note: Callable[[str], object] = lambda text: None,
 ) -> UInt8[Tensor, "h w C"]:
     """Decode a picture; one whose shorter side exceeds `short_side` pixels is resized to it (bicubic, antialiased).
 
     Args:
-        find_bits: Called for a picture of more than 8 bits: the bit depth of its data set (see `bits_for`).
+        find_white: Called for a picture of more than 8 bits: which value becomes 255 (see `white_for`). Default: 65535;
+            floating-point pixels have none.
         note: Called with what a user should know about how the picture was read.
 
     Raises Unreadable if the picture is not an image that can be decoded from the first byte to the last.
@@ -55,37 +57,50 @@ def decode(
     with _one_line_reasons():
         if not selection.as_colours:
             bands = open_bands(picture, selection)
-            table = None if bands.values.dtype == np.uint8 else _eight_bits(find_bits())
-            return _upright_bands(bands, table, short_side)
+            if bands.values.dtype != np.uint8:
+                bands = bands._replace(values=_eight_bits(bands.values, find_white()))
+            return _upright_bands(bands, short_side)
         image = open_picture(picture, selection)
         if isinstance(image, DeepPixels):
-            image = _to_8_bits(image, find_bits())
+            image = _to_8_bits(image, find_white())
         with image:
             if image.info.get(SEVERAL_PAGES):
                 note(f"page {selection.page} of TIFFs with several pages")
             return _upright_colours(image, short_side, selection)
 
 
-def largest_value(picture: Picture, selection: Selection) -> int:
+def largest_value(picture: Picture, selection: Selection) -> int | float:
     """Largest value of a picture of more than 8 bits, or that its file says is possible; 0 for any other picture.
+    An int, or a float of floating-point pixels.
 
     Of pictures of 8 bits only the header is read. Raises as `decode`.
     """
     with _one_line_reasons():
         if not selection.as_colours:
             bands = open_bands(picture, selection)
-            return 0 if bands.values.dtype == np.uint8 else max(int(bands.values.max()), bands.stated)
+            return 0 if bands.values.dtype == np.uint8 else _largest(bands.values, bands.stated)
         image = open_picture(picture, selection)
         if isinstance(image, DeepPixels):
             colours = image.values[..., :3] if image.values.ndim == 3 else image.values
-            return max(int(colours.max()), image.stated)
+            return _largest(colours, image.stated)
         with image:
             return 0
 
 
-def bits_for(largest: int) -> int:
-    """The smallest bit depth in use that holds a value of 0 to 65535: 12 for 4000."""
-    return next(bits for bits in BIT_DEPTHS if largest < 2**bits)
+def _largest(values: np.ndarray, stated: int) -> int | float:
+    largest = values.max().item()
+    return max(largest, type(largest)(stated))
+
+
+def white_for(largest: int | float) -> int | float:
+    """The value that becomes 255, from the largest of a data set, 0 to 65535.
+
+    Of integers the largest of the smallest bit depth in use: 4095 for 4000. Of floating-point pixels, which have no bit
+    depth, the smallest power of two: 1. for .9, 2. for 1.1; they start at 0 too.
+    """
+    if isinstance(largest, float):
+        return 2.0 ** math.ceil(math.log2(largest)) if largest else 1.0
+    return next(2**bits - 1 for bits in BIT_DEPTHS if largest < 2**bits)
 
 
 def pixel_digest(pixels: np.ndarray) -> int:
@@ -109,26 +124,31 @@ def _one_line_reasons() -> Iterator[None]:
         raise Unreadable(" ".join(reason.split())[:200] or type(error).__name__) from None
 
 
-def _to_8_bits(deep: DeepPixels, bits: int) -> Image.Image:
-    """Values of 0 to 2**bits - 1 as 0 to 255; alpha, which may use all 16 bits beside 12-bit colours, by itself."""
-    table = _eight_bits(bits)
-    pixels = (255 - table if deep.white_is_zero else table)[deep.values]
+def _to_8_bits(deep: DeepPixels, white: int | float | None) -> Image.Image:
+    """Values of 0 to `white` as 0 to 255; alpha, which may use all 16 bits beside 12-bit colours, by itself."""
+    pixels = _eight_bits(deep.values, white)
+    pixels = 255 - pixels if deep.white_is_zero else pixels
     if pixels.ndim == 3 and pixels.shape[2] == 4:
         alpha = deep.values[..., 3]
-        pixels[..., 3] = _eight_bits(bits if alpha.max() < 2**bits else 16)[alpha]
+        own, other = (1, white) if alpha.dtype.kind == "f" else (white or 65535, 65535)
+        pixels[..., 3] = _eight_bits(alpha, own if alpha.max() <= own else other)
     image = Image.fromarray(pixels)
     image.info = deep.info
     return image
 
 
-def _eight_bits(bits: int) -> np.ndarray:
-    return np.minimum(np.arange(2**16) * 255 / (2**bits - 1) + 0.5, 255).astype(np.uint8)
+def _eight_bits(values: np.ndarray, white: int | float | None) -> np.ndarray:
+    if values.dtype.kind == "f":
+        if white is None:
+            raise Unreadable("floating-point pixels are scaled by the range of their data set, not one by one")
+        return np.minimum(values / white * 255 + 0.5, 255).astype(np.uint8)
+    return np.minimum(np.arange(2**16) * 255 / (white or 65535) + 0.5, 255).astype(np.uint8)[values]
 
 
-def _upright_bands(bands: DeepPixels, table: np.ndarray | None, short_side: int) -> UInt8[Tensor, "h w C"]:
-    """Bands of any meaning, each by itself; `table`: the 8 bits of each value of more bits."""
+def _upright_bands(bands: DeepPixels, short_side: int) -> UInt8[Tensor, "h w C"]:
+    """Bands of any meaning, each by itself, of 8 bits."""
     planes = []
-    for values in np.moveaxis(bands.values if table is None else table[bands.values], 2, 0):
+    for values in np.moveaxis(bands.values, 2, 0):
         image = Image.fromarray(np.ascontiguousarray(255 - values if bands.white_is_zero else values))
         image.info = bands.info
         planes.append(np.array(_shrink(_upright(image), short_side)))
@@ -164,8 +184,6 @@ def _shrunk_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
 
 def _rgb(image: Image.Image, selection: Selection) -> Image.Image:
     """sRGB over white, or the selected bands."""
-    if image.mode == "F":
-        raise Unreadable("floating-point pixels have no stated range")
     grey = image.mode in ("1", "L", "LA", "La")
     space = "CMYK" if image.mode == "CMYK" else "L" if grey else "RGB"
     profile = _srgb_transform(image.info.get("icc_profile") or b"")

@@ -82,7 +82,7 @@ class DeepPixels(NamedTuple):
     """Values of more than 8 bits; how many of them are used, a file rarely says."""
 
     values: np.ndarray
-    """uint16; (h, w), (h, w, 3), or (h, w, 4) where the last band is alpha."""
+    """uint16 or float32; (h, w), (h, w, 3), or (h, w, 4) where the last band is alpha."""
     stated: int
     """The largest value that the file says is possible, or 0."""
     white_is_zero: bool
@@ -146,7 +146,7 @@ def open_picture(picture: Picture, selection: Selection) -> Image.Image | DeepPi
     Raises Unreadable, or nearly any exception on a damaged file.
     """
     if isinstance(picture, Image.Image):
-        return picture if not picture.mode.startswith("I") else _deep(np.asarray(picture), {}, {})
+        return picture if not picture.mode.startswith(("I", "F")) else _deep(np.asarray(picture), {}, {})
     if isinstance(picture, Path):
         _check_file(picture)
     try:
@@ -164,7 +164,7 @@ def open_picture(picture: Picture, selection: Selection) -> Image.Image | DeepPi
     if image.mode in ("LA", "RGBA") and undecided and not _has_alpha(image, tags, picture):
         raise Unreadable(_choose_bands(len(image.getbands())))
     rawmode = _rawmode(image)
-    if image.mode.startswith("I"):
+    if image.mode.startswith(("I", "F")):
         with image:
             return _deep(np.asarray(image), tags, image.info)
     if rawmode.split(";16")[0] in ("RGB", "RGBA", "LA") and ";16" in rawmode:
@@ -245,13 +245,15 @@ def _both_bytes(
 
 
 def _deep(values: np.ndarray, tags: Any, info: dict[Any, Any]) -> DeepPixels:
-    if values.min() < 0 or values.max() > 65535:
-        raise Unreadable(f"integer pixels from {values.min()} to {values.max()}, expected 0 to 65535")
+    kind, dtype = ("floating-point", np.float32) if values.dtype.kind == "f" else ("integer", np.uint16)
+    low, high = values.min().item(), values.max().item()
+    if not (low >= 0 and high <= 65535):  # nor NaN
+        raise Unreadable(f"{kind} pixels from {low} to {high}, expected 0 to 65535")
     stated = [*np.ravel(tags.get(MAX_SAMPLE, 0)), *np.ravel(tags.get(S_MAX_SAMPLE, 0))]
     stated += [2 ** int(bits) - 1 for bits in np.ravel(tags.get(BITS_PER_SAMPLE, 0))]
     largest = int(max((value for value in stated if value < 65535), default=0))  # 65535 is what writers put by default
     info = {key: value for key, value in info.items() if key != "transparency"}
-    return DeepPixels(values.astype(np.uint16), largest, tags.get(PHOTOMETRIC) == WHITE_IS_ZERO, info)
+    return DeepPixels(values.astype(dtype), largest, tags.get(PHOTOMETRIC) == WHITE_IS_ZERO, info)
 
 
 def open_bands(picture: Picture, selection: Selection) -> DeepPixels:
@@ -307,14 +309,14 @@ def _tiff_file(picture: Path | io.BytesIO) -> Any:
 
 
 def _tiff_page(file: Any, number: int) -> Any:
-    """A page of integer pixels that can be read, not yet decoded."""
+    """A page of pixels that can be read, not yet decoded."""
     if number >= len(file.pages):
         raise Unreadable(_no_page(number))
     page = file.pages[number].aspage()
     if page.imagewidth * page.imagelength > MAX_PICTURE_PIXELS:
         raise Image.DecompressionBombError
-    if getattr(page.dtype, "kind", "") not in ("u", "i") or page.ndim != min(page.samplesperpixel, 2) + 1:
-        raise Unreadable(f"pixels of type {page.dtype} and shape {page.shape}, expected integers")
+    if getattr(page.dtype, "kind", "") not in ("u", "i", "f") or page.ndim != min(page.samplesperpixel, 2) + 1:
+        raise Unreadable(f"pixels of type {page.dtype} and shape {page.shape}, expected integers or floats")
     if len(page.dataoffsets) < math.prod(page.chunked):  # tifffile would make up millions of strips
         raise Unreadable("damaged: the file has fewer strips or tiles of pixels than it says")
     return page

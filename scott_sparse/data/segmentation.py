@@ -129,7 +129,7 @@ def read_masks(images: Images, read: ReadMask, *, size: tuple[int, int], what: s
 def class_names(masks: Mapping[str, UInt8[Tensor, "n H W"]], names: Sequence[str] | None) -> tuple[str, ...]:
     """Names of the classes in the masks of `train`, by value; their numbers where they have no names.
 
-    Raises ValueError for a single class, and for one that is in another role but not in train.
+    Raises ValueError for a single class, for one that is in another role but not in train, and for a role without any.
     """
     present = {role: set(part.unique().tolist()) - {IGNORE} for role, part in masks.items()}
     if len(present["train"]) < 2:
@@ -138,6 +138,10 @@ def class_names(masks: Mapping[str, UInt8[Tensor, "n H W"]], names: Sequence[str
             "second one is needed: where 255 marks the object, write 1 instead."
         )
     for role, classes in present.items():
+        if not classes:
+            raise ValueError(
+                f"all pixels in the masks of {role} are {IGNORE}, which is ignored; move some images there."
+            )
         if missing := sorted(classes - present["train"]):
             remedy = "move some images that show it to train"
             raise ValueError(f"class {some(missing)} is in masks of {role} but in none of train; {remedy}.")

@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from scott_sparse.data.images import Images
 from scott_sparse.files import write_atomically
 from scott_sparse.shapes import Int, Tensor
 
@@ -87,9 +86,9 @@ def _hold_out_tenth(
     return sorted(rest), sorted(tenth)
 
 
-def save_digests(folder: Path, images: Images) -> None:
-    """Record in a run folder which images it was pretrained on, as their `digests`."""
-    write_atomically(folder / PRETRAIN_IMAGES, save({"digests": images.digests}))
+def save_digests(folder: Path, digests: Int[Tensor, " n"]) -> None:
+    """Record in a run folder which images it was pretrained on, by their `Images.digests`."""
+    write_atomically(folder / PRETRAIN_IMAGES, save({"digests": digests}))
 
 
 def load_digests(folder: Path) -> Int[Tensor, " n"] | None:

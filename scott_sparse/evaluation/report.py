@@ -20,6 +20,7 @@ from scott_sparse.evaluation.features import extract
 from scott_sparse.evaluation.knn import knn_accuracy
 from scott_sparse.files import read_json
 from scott_sparse.model.vit import Encoder
+from scott_sparse.model.weights import TRAINED
 
 WORST_CLASSES = 10  # that are listed
 FIRST_COLUMNS = ("knn", "linear", "attentive", "finetune")
@@ -27,7 +28,7 @@ FIRST_COLUMNS = ("knn", "linear", "attentive", "finetune")
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "WenQuanYi Zen Hei", "Noto Sans Arabic"]
 FONTS += ["Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji", "Symbola", "Arial Unicode MS"]
 FONTS += ["PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "Malgun Gothic", "Segoe UI Emoji"]
-OURS = ("pixels", "random", "start", "context", "pretrained")  # encoders that belong to a run
+OURS = ("pixels", "random", "start", *TRAINED)  # encoders that belong to a run
 
 
 def make_table(

@@ -12,7 +12,8 @@ one class each, so that most training pixels are right (Hungarian matching, as i
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -94,18 +95,23 @@ def run_segmentation(config: SegmentConfig) -> None:
     masks = {role: read_masks(part, data_set.read_mask, size=encoder.size, what=role) for role, part in roles.items()}
     classes = class_names(masks, data_set.classes)
     model = encoder.model.to(state.device).eval()
-    maps = {role: extract_maps(model, part, size=encoder.size, what=role) for role, part in roles.items()}
-    standardise(maps)
+    view = {"size": encoder.size}
+    maps = concatenated(batches_of_maps(model, data.train, what="train", **view), len(data.train))
+    scales = scales_of(maps)
+    standardise(maps, scales)
     how = {"classes": len(classes), "device": state.device}
-    candidates = [*fit_heads(maps["train"], masks["train"], steps=config.steps, **how)]
-    candidates += fit_kmeans(maps["train"], masks["train"], **how)
+    candidates = [*fit_heads(maps, masks["train"], steps=config.steps, **how), *fit_kmeans(maps, masks["train"], **how)]
+    del maps
 
-    def scored(candidate: Candidate, role: str) -> PixelScores:
-        return score_pixels(confusions(candidate, maps[role], masks[role], **how))
+    def scored(candidates: Sequence[Candidate], role: str) -> list[PixelScores]:
+        """Of all candidates in one pass, so that no more than a batch of maps is kept."""
+        batches = (standardise(batch, scales) for batch in batches_of_maps(model, roles[role], what=role, **view))
+        return [score_pixels(counts) for counts in confusions(candidates, batches, masks[role], **how)]
 
-    val = [(candidate, scored(candidate, "val")) for candidate in track(candidates, "choosing on val", transient=True)]
+    val = [*zip(candidates, scored(candidates, "val"))]
     best = {head: max((pair for pair in val if pair[0].head == head), key=lambda pair: pair[1].miou) for head in HEADS}
-    test = {head: scored(candidate, "test") for head, (candidate, _) in best.items()}
+    chosen = {head: candidate for head, (candidate, _) in best.items()}
+    test = dict(zip(chosen, scored([*chosen.values()], "test")))
     heads = {
         head: {"choice": candidate.setting, "val": _json(of_val), "test": _json(test[head])}
         for head, (candidate, of_val) in best.items()
@@ -115,38 +121,54 @@ def run_segmentation(config: SegmentConfig) -> None:
     result = {**roles_of(data), "classes": list(classes), "heads": heads, "settings_tried": tried, "cells": cells}
     seconds = time.perf_counter() - started
     _, path = write_entry(config, "segment", encoder, data, result, pretrained_on=pretrained_on, seconds=seconds)
-    chosen = {head: candidate for head, (candidate, _) in best.items()}
-    picture = path.with_suffix(".png")
-    draw_masks(picture, data.test, masks["test"], maps["test"], chosen, classes=classes, device=state.device)
+    some, picture = evenly_spaced(len(data.test), SHOWN), path.with_suffix(".png")
+    shown = data.test[some]
+    maps = standardise(next(batches_of_maps(model, shown, what="a picture", **view)), scales)
+    draw_masks(picture, shown, masks["test"][some], maps, chosen, classes=classes, device=state.device)
     print(printable(f"{path}, {picture.name}"))
     print_heads(encoder.name, heads, classes, result["images"], result["chosen_on"])
 
 
-@torch.no_grad()
-def extract_maps(encoder: ImageEncoder, images: Images, *, size: tuple[int, int], what: str) -> Maps:
-    """Feature maps of the evaluation views of images, in half precision, on the CPU."""
+def batches_of_maps(encoder: ImageEncoder, images: Images, *, size: tuple[int, int], what: str) -> Iterator[Maps]:
+    """Feature maps of the evaluation views of images, in half precision, on the CPU, `BATCH` images at a time."""
     device = next(iter(encoder.state_dict().values()), torch.empty(0)).device
-    maps: Maps = {}
     for rows in track(torch.arange(len(images)).split(BATCH), description=f"features of {what}", transient=True):
-        batch = encoder.maps(eval_images(images, rows, size=size, statistics=encoder.statistics).to(device))
-        for name, each in batch.items():  # filled in place: lists of batches would take twice the memory
+        with torch.no_grad():
+            batch = encoder.maps(eval_images(images, rows, size=size, statistics=encoder.statistics).to(device))
+        maps = {name: each.half().cpu() for name, each in batch.items()}
+        for each in maps.values():
+            check_finite(each)
+        yield maps
+
+
+def concatenated(batches: Iterator[Maps], count: int) -> Maps:
+    """Those of all `count` images."""
+    maps: Maps = {}
+    for number, batch in enumerate(batches):  # filled in place: lists of batches would take twice the memory
+        for name, each in batch.items():
             if name not in maps:
-                maps[name] = torch.empty(len(images), *each.shape[1:], dtype=torch.float16)
-            maps[name][rows] = each.half().cpu()
-    for each in maps.values():
-        check_finite(each)
+                maps[name] = torch.empty(count, *each.shape[1:], dtype=each.dtype)
+            maps[name][number * BATCH :][: len(each)] = each
     return maps
 
 
-def standardise(maps: dict[str, Maps]) -> None:
-    """To mean 0 and deviation 1 of each channel on the training images, in place."""
-    for name, train in maps["train"].items():
+def scales_of(maps: Maps) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and deviation of each channel over the training images; a channel of one value gets the deviation 1."""
+    scales = {}
+    for name, train in maps.items():
         sums = torch.stack([torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))]) for x in _chunks(train)]).sum(0)
         mean, square = (sums / train[:, 0].numel()).float()[..., None, None]
-        deviation = (square - mean.square()).clamp(min=1e-10).sqrt()
-        for part in maps.values():
-            for rows in part[name].split(BATCH):
-                rows.copy_((rows.float() - mean) / deviation)
+        variance = square - mean.square()
+        scales[name] = mean, variance.sqrt().where(variance > 1e-7, 1.0)  # below: rounding of a mean of squares near 1
+    return scales
+
+
+def standardise(maps: Maps, scales: dict[str, tuple[Tensor, Tensor]]) -> Maps:
+    """The same maps, whose values are replaced by those of mean 0 and deviation 1."""
+    for name, (mean, deviation) in scales.items():
+        for rows in maps[name].split(BATCH):
+            rows.copy_((rows.float() - mean) / deviation)
+    return maps
 
 
 def _chunks(maps: Float[Tensor, "n _ _ _"]) -> Iterator[Tensor]:
@@ -179,7 +201,7 @@ def fit_heads(
             optimizer.step()
             schedule.step()
         for head, (name, rate) in zip(heads, settings):
-            yield Candidate(name, {"features": kind, "lr": rate}, head.eval().cpu())
+            yield Candidate(name, {"features": kind, "lr": rate}, head.eval())
 
 
 def _head(name: str, channels: int, classes: int) -> nn.Module:
@@ -200,50 +222,69 @@ def _to_pixels(logits: Float[Tensor, "B K h w"], size) -> Float[Tensor, "B K H W
 
 
 def fit_kmeans(maps: Maps, masks: UInt8[Tensor, "n H W"], *, classes: int, device: torch.device) -> Iterator[Candidate]:
-    """k-means on each kind of map, as a linear head: the nearest of the centres c has the largest 2 c x - |c|²."""
+    """k-means on each kind of map, as a linear head: the nearest of the centres c has the largest 2 c x - |c|².
+
+    Where patches have fewer different features than there are classes, so many clusters are made and a line says so.
+    """
     for kind, features in maps.items():
         drawn = torch.randperm(features[:, 0].numel(), generator=generator_at("patches for k-means"))[:CLUSTERED]
         patches = features.flatten(2)  # n c (h w)
         points = patches[drawn // patches.shape[2], :, drawn % patches.shape[2]].float().numpy()
+        clusters = min(classes, len(np.unique(points, axis=0)))
+        if clusters < classes:
+            print(
+                f"note: k-means on {kind} finds {clusters} different features for {classes} classes, as of blank "
+                "images or a collapsed encoder."
+            )
         fits = []
         for restart in track(range(RESTARTS), description=f"k-means on {kind}", transient=True):
-            centres, labels = kmeans2(points, classes, iter=30, minit="++", rng=restart, missing="raise")
+            with warnings.catch_warnings():  # a cluster that loses all of its points keeps its centre
+                warnings.filterwarnings("ignore", "One of the clusters is empty")
+                centres, labels = kmeans2(points, clusters, iter=30, minit="++", rng=restart)
             fits.append((float(np.square(points - centres[labels]).sum()), centres))
         centres = torch.from_numpy(min(fits, key=lambda fit: fit[0])[1]).float()
-        head = nn.Conv2d(features.shape[1], classes, 1)
+        centres = F.pad(centres, (0, 0, 0, classes - clusters), value=torch.nan)  # clusters that are nowhere
+        head = nn.Conv2d(features.shape[1], classes, 1).to(device)
         candidate = Candidate("kmeans", {"features": kind}, head)
         _set_linear(head, centres)
-        counts = confusions(candidate, maps, masks, classes=classes, device=device).sum(0)
-        _, cluster_of = linear_sum_assignment(counts.numpy(), maximize=True)
+        batches = ({kind: batch} for batch in features.split(BATCH))
+        (counts,) = confusions([candidate], batches, masks, classes=classes, device=device)
+        _, cluster_of = linear_sum_assignment(counts.sum(0).numpy(), maximize=True)
         _set_linear(head, centres[torch.from_numpy(cluster_of)])
         yield candidate
 
 
 def _set_linear(head: nn.Conv2d, centres: Float[Tensor, "K C"]) -> None:
-    head.load_state_dict({"weight": 2 * centres[..., None, None], "bias": -centres.square().sum(1)})
+    bias = -centres.square().sum(1).nan_to_num(1e30)
+    head.load_state_dict({"weight": 2 * centres.nan_to_num(0)[..., None, None], "bias": bias})
 
 
 @torch.no_grad()
-def predict(
-    candidate: Candidate, maps: Maps, *, size: tuple[int, int], device: torch.device
-) -> Iterator[UInt8[Tensor, "B H W"]]:
-    """Classes of the pixels of images of `size`, in batches."""
-    head = candidate.model.to(device)
-    for features in maps[candidate.setting["features"]].split(BATCH):
-        yield _to_pixels(head(features.to(device).float()), size).argmax(1).to(torch.uint8).cpu()
-    candidate.model.cpu()
+def predict(candidate: Candidate, maps: Maps, *, size: tuple[int, int], device: torch.device) -> UInt8[Tensor, "B H W"]:
+    """Classes of the pixels of images of `size`."""
+    features = maps[candidate.setting["features"]].to(device).float()
+    return _to_pixels(candidate.model(features), size).argmax(1).to(torch.uint8).cpu()
 
 
 def confusions(
-    candidate: Candidate, maps: Maps, masks: UInt8[Tensor, "n H W"], *, classes: int, device: torch.device
-) -> Int[Tensor, "n K K"]:
-    """Counts of pixels by class in the mask (row) and predicted class (column), for each image."""
-    size, counts = (masks.shape[1], masks.shape[2]), []
-    for expected, predicted in zip(masks.split(BATCH), predict(candidate, maps, size=size, device=device)):
-        for one, other in zip(expected.long(), predicted.long()):
-            cells = (one * classes + other)[one != IGNORE]
-            counts.append(torch.bincount(cells, minlength=classes**2).view(classes, classes))
-    return torch.stack(counts)
+    candidates: Sequence[Candidate],
+    batches: Iterable[Maps],
+    masks: UInt8[Tensor, "n H W"],
+    *,
+    classes: int,
+    device: torch.device,
+) -> list[Int[Tensor, "n K K"]]:
+    """Of each candidate, counts of pixels by class in the mask (row) and predicted class (column), for each image.
+
+    `batches` are maps of `BATCH` images; each is used once.
+    """
+    size, counts = (masks.shape[1], masks.shape[2]), [torch.zeros(len(masks), classes**2).long() for _ in candidates]
+    for number, (maps, expected) in enumerate(zip(batches, masks.split(BATCH))):
+        for candidate, own in zip(candidates, counts):
+            predicted = predict(candidate, maps, size=size, device=device)
+            for row, (one, other) in enumerate(zip(expected.long(), predicted.long()), number * BATCH):
+                own[row] = torch.bincount((one * classes + other)[one != IGNORE], minlength=classes**2)
+    return [own.unflatten(1, (classes, classes)) for own in counts]
 
 
 def draw_masks(
@@ -256,16 +297,13 @@ def draw_masks(
     classes: tuple[str, ...],
     device: torch.device,
 ) -> None:
-    """Write a PNG with a column for some images; rows: images, masks, and what each head predicts, laid over them."""
-    some, size = evenly_spaced(len(images), SHOWN), (masks.shape[1], masks.shape[2])
-    shown, colours = images[some], torch.from_numpy(palette(len(classes)))
-    photos = pictures_of(shown, size=size)
-    few = {kind: of_kind[some] for kind, of_kind in maps.items()}
-    layers = {"mask": masks[some]}
-    layers |= {head: torch.cat([*predict(one, few, size=size, device=device)]) for head, one in heads.items()}
+    """Write a PNG with a column for each image; rows: images, masks, and what each head predicts, laid over them."""
+    size, colours = (masks.shape[1], masks.shape[2]), torch.from_numpy(palette(len(classes)))
+    photos = pictures_of(images, size=size)
+    layers = {"mask": masks, **{head: predict(one, maps, size=size, device=device) for head, one in heads.items()}}
     rows = [(name, torch.lerp(photos, colours[layer.long()], 0.6)) for name, layer in layers.items()]
     legend = {name: (red, green, blue) for name, (red, green, blue) in zip(classes, colours.tolist())}
-    draw_rows(path, shown, rows, size, None, legend=legend)
+    draw_rows(path, images, rows, size, None, legend=legend)
 
 
 @functools.cache

@@ -19,15 +19,19 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.utils import Tags
-from sklearn.utils.validation import check_is_fitted
 
 from scott_sparse.data.dataset import short_side_for
 from scott_sparse.data.decode import decode
 from scott_sparse.data.readers import Selection, Unreadable, prepare_pillow
 from scott_sparse.model.weights import load_encoder
 from scott_sparse.shapes import Tensor, UInt8
+
+try:
+    from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+    from sklearn.utils import Tags
+    from sklearn.utils.validation import check_is_fitted
+except ImportError:  # also of an older one
+    raise ImportError(f"{__name__} needs scikit-learn 1.6: pip install 'scikit-learn>=1.6'.") from None
 
 
 class ScottFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):

@@ -18,7 +18,7 @@ from scott_sparse.distributed import rank
 from scott_sparse.evaluation.encoders import FrozenEncoder, ImageEncoder, Pixels, TimmModel
 from scott_sparse.files import read_json
 from scott_sparse.model.pretrained import first_encoder
-from scott_sparse.model.weights import load_encoder
+from scott_sparse.model.weights import load_encoder, trained_by
 from scott_sparse.shapes import Int, Tensor
 
 Config = TypeVar("Config")
@@ -76,7 +76,7 @@ class EncoderUnderTest:
     """An encoder, and how to evaluate it."""
 
     name: str
-    """pretrained, context, random, start (of a run with --init), pixels, or the name of a timm model."""
+    """A key of TRAINED, random, start (of a run with --init), pixels, or the name of a timm model."""
     run: str
     """As it was given, or timm:NAME."""
     model: ImageEncoder
@@ -145,7 +145,7 @@ def open_encoder(config: ProbeConfig) -> EncoderUnderTest:
     pretraining = None
     if "data" in summary and "image_size" in recipe:
         pretraining = {**summary["data"], "image_size": recipe["image_size"]}
-    name = {"target": "pretrained", "context": "context"}[config.weights]
+    name = trained_by(recipe, summary) if config.weights == "target" else "context"
     return EncoderUnderTest(name, config.run, FrozenEncoder(encoder, span), size, out, pretraining)
 
 
@@ -191,12 +191,17 @@ def load_all_digests(run: Path) -> Int[Tensor, " n"] | None:
 
     Digests are of images as they were decoded: those of runs at another image size match nothing.
     """
-    digests, recipe = load_digests(run), run / "recipe.json"
+    digests, before = load_digests(run), load_start_digests(run)
+    return digests if digests is None or before is None else torch.cat([digests, before]).unique()
+
+
+def load_start_digests(run: Path) -> Int[Tensor, " n"] | None:
+    """`load_all_digests` of the run that a run started from; None without one."""
+    recipe = run / "recipe.json"
     start = read_json(recipe).get("init") if recipe.is_file() else None
-    if digests is None or not start or start.startswith("timm:"):
-        return digests
-    before = load_all_digests(Path(start) if Path(start).is_dir() else Path(start).parent)
-    return digests if before is None else torch.cat([digests, before]).unique()
+    if not start or start.startswith("timm:"):
+        return None
+    return load_all_digests(Path(start) if Path(start).is_dir() else Path(start).parent)
 
 
 def _height_width(size) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, ModelHubMixin
 
 from scott_sparse.files import read_json
 from scott_sparse.model.vit import Encoder
-from scott_sparse.model.weights import save_encoder
+from scott_sparse.model.weights import TRAINED, save_encoder, trained_by
 
 # Fields of recipe.json that say nothing of the weights, or where files lie on the machine of the run.
 PRIVATE = {"out", "overwrite", "plan", "resume", "time_budget", "workers", "minutes", "tracker", "log_every"}
@@ -40,20 +40,21 @@ def model_card(encoder: Encoder, name: str, *, license: str | None = None) -> Mo
     """
     recipe, summary = (_read(encoder.run, file) for file in ("recipe.json", "summary.json"))
     results = [read_json(path) for path in sorted((encoder.run / "eval").glob("*.json"))] if encoder.run else []
-    results = [result for result in results if result["subject"] in ("pretrained", "context")]
+    results = [result for result in results if result["subject"] in TRAINED]
     config, count = encoder.config, sum(p.numel() for p in encoder.parameters())
     scores = [(result, result["test"]["top1"]) for result in results if "test" in result]
+    trained = trained_by(recipe, summary)
+    finetuned = trained != "pretrained"
+    self_supervised = [] if trained == "trained from scratch" else ["self-supervised-learning", "mim-jepa"]
     metadata = ModelCardData(
         license=license,
         library_name="scott-sparse",
         pipeline_tag="image-feature-extraction",
-        tags=["self-supervised-learning", "vision-transformer", "scott", "mim-jepa"],
+        tags=["vision-transformer", "scott", *self_supervised],
         model_name=name if scores else None,
         eval_results=[_hub_result(result, top1) for result, top1 in scores] or None,
     )
-    finetuned = recipe.get("recipe") == "finetune"  # a folder of eval/finetune.py
-    trained = "trained with labels" if finetuned else "pretrained without labels"
-    title = f"# {name}\n\nVision Transformer, {count / 1e6:.1f} M parameters, {trained}"
+    title = f"# {name}\n\nVision Transformer, {count / 1e6:.1f} M parameters, {TRAINED[trained]}"
     title += ": " if finetuned else " by [SCOTT and MIM-JEPA](https://arxiv.org/abs/2502.18056): "
     title += f"tokenizer {config.tokenizer}, width {config.dim}, {config.depth} blocks, patches of {config.patch_size}."
     if recipe.get("init"):
@@ -61,7 +62,7 @@ def model_card(encoder: Encoder, name: str, *, license: str | None = None) -> Mo
     lines = [f"---\n{metadata.to_yaml()}\n---", title, USE.format(name=name)]
     if encoder.preprocess:
         lines.append(f"## Preprocessing\n\n{_json(encoder.preprocess.to_json())}")
-    lines.append(f"## Data and protocol\n\n{_about_data(recipe, summary)}")
+    lines.append(f"## Data and protocol\n\n{_about_data(recipe, summary, finetuned)}")
     lines.append(
         f"## Recipe\n\n{_about_training(summary, finetuned)}{_json(_public(recipe)) if recipe else 'Not recorded.'}"
     )
@@ -102,14 +103,16 @@ def _last_part(name: str) -> str:
     return name if name.startswith(("timm:", "hf:")) else Path(name).name
 
 
-def _about_data(recipe: dict, summary: dict) -> str:
+def _about_data(recipe: dict, summary: dict, finetuned: bool) -> str:
     data, source = summary.get("data", {}), recipe.get("source", {})
     if not source.get("data"):
         return "Not recorded."
     counts = ", ".join(f"{role} {n:,}" for role, n in data.get("images", {}).items() if n)
     protocol = {
-        "clean": "clean: pretraining saw no test image, every choice was made on val",
-        "paper": "paper: pretraining saw all images, test images included",
+        "clean": f"clean: {'' if finetuned else 'pre'}training saw no test image, every choice was made on val",
+        "paper": "paper: trained on train and val, a choice may have been made on test images"
+        if finetuned
+        else "paper: pretraining saw all images, test images included",
     }[source["protocol"]]
     return f"Images: {_last_part(source['data'])} ({counts or 'counts are not recorded'}). Protocol {protocol}."
 

@@ -26,6 +26,12 @@ from scott_sparse.shapes import Tensor
 WEIGHTS = {"target": "encoder.safetensors", "context": "context.safetensors"}
 CONFIG = "encoder.json"
 PREDICTOR, PREDICTOR_CONFIG = "predictor.safetensors", "predictor.json"
+TRAINED = {  # how an encoder was trained, by its name among the results of evaluation
+    "pretrained": "pretrained without labels",
+    "context": "pretrained without labels",
+    "fine-tuned": "fine-tuned with labels",
+    "trained from scratch": "trained from scratch with labels",
+}
 
 # Names of the paper's code and of this package; # stands for the number of a block.
 _PAPER_NAMES = {
@@ -87,6 +93,13 @@ def load_encoder(source: str | Path, *, weights: str = "target", engine: str = "
             given = f"mean and std of {len(encoder.preprocess.mean)} channels"
             raise ValueError(f"{folder / CONFIG}: preprocess has {given}, expected in_channels {config.in_channels}.")
     return encoder.eval()
+
+
+def trained_by(recipe: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """How the target encoder of a run folder was trained, a key of TRAINED, by its recipe.json and summary.json."""
+    if recipe.get("recipe") != "finetune":  # of a folder of eval/finetune.py
+        return "pretrained"
+    return "trained from scratch" if summary.get("subject") == "random" else "fine-tuned"
 
 
 def save_predictor(

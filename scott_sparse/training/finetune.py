@@ -22,12 +22,11 @@ import torch.nn.functional as F
 from accelerate.utils import set_seed
 from filelock import FileLock
 from rich.console import Console
-from safetensors.torch import save
 from torch import nn
 
 from scott_sparse.cli import exit_with_error
 from scott_sparse.data.images import Images
-from scott_sparse.data.splits import PRETRAIN_IMAGES
+from scott_sparse.data.splits import PRETRAIN_IMAGES, save_digests
 from scott_sparse.data.views import ViewConfig, make_views
 from scott_sparse.distributed import main_then_broadcast, on_all_processes, rank
 from scott_sparse.evaluation.encoders import FrozenEncoder, fingerprint
@@ -44,8 +43,8 @@ from scott_sparse.evaluation.finetune import (
 from scott_sparse.evaluation.metrics import score
 from scott_sparse.evaluation.probe import LabelledData, file_name, open_labelled, write_result
 from scott_sparse.evaluation.report import print_scores
-from scott_sparse.evaluation.subject import EncoderUnderTest, load_all_digests, open_encoder
-from scott_sparse.files import read_json, write_atomically
+from scott_sparse.evaluation.subject import EncoderUnderTest, load_all_digests, load_start_digests, open_encoder
+from scott_sparse.files import read_json
 from scott_sparse.model.jepa import update_target
 from scott_sparse.model.vit import Encoder
 from scott_sparse.randomness import batch_indices
@@ -232,7 +231,9 @@ def train(task: Task, lr: float) -> tuple[Path, dict[str, Any]]:
 
     def write() -> dict[str, Any]:
         save_classifier(best, out, size=subject.size)
-        summary = run.write_summary({**log, "val": points, "lr": lr, "classes": list(labelled.classes)}, {})
+        summary = run.write_summary(
+            {**log, "val": points, "lr": lr, "subject": subject.name, "classes": list(labelled.classes)}, {}
+        )
         shutil.rmtree(out / CHECKPOINTS)
         return summary
 
@@ -335,8 +336,11 @@ def start_from_probe(task: Task, model: Classifier) -> None:
 
 
 def record_images(run: Run, subject: EncoderUnderTest) -> None:
-    """Of the new encoder: the images that it is fine-tuned on, and those that it was pretrained on."""
-    before = load_all_digests(Path(subject.run)) if subject.name in ("pretrained", "context") else None
+    """Of the new encoder: the images that it is fine-tuned on and those that it was pretrained on, if that is known."""
+    if subject.name == "random":
+        return
+    before = (load_start_digests if subject.name == "start" else load_all_digests)(Path(subject.run))
     if before is not None:
-        digests = torch.cat([before, run.data.train.digests]).unique()
-        write_atomically(run.out / PRETRAIN_IMAGES, save({"digests": digests}))
+        save_digests(run.out, torch.cat([before, run.data.train.digests]).unique())
+    elif subject.name != "start":  # weights of other packages, of which no images are counted
+        (run.out / PRETRAIN_IMAGES).unlink()

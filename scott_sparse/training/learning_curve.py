@@ -19,10 +19,11 @@ import tyro
 from matplotlib.figure import Figure
 
 from scott_sparse.data.dataset import DataConfig, open_data, short_side_for
+from scott_sparse.evaluation.finetune import FinetuneConfig
 from scott_sparse.files import read_json, write_json
 from scott_sparse.training.plan import show_time
 from scott_sparse.training.recipe import parse
-from scott_sparse.training.resume import SUMMARY
+from scott_sparse.training.resume import RECIPE, SUMMARY, changed_settings
 from scott_sparse.training.saver import EXIT_RESUME
 
 CURVE = "learning_curve.json"
@@ -90,7 +91,7 @@ def run_curve(config: CurveConfig, scripts: Path) -> None:
         raise ValueError(
             "--init: the baselines of a learning curve are untrained encoders; leave it out of --pretrain."
         )
-    data = open_data(config.source, short_side=short_side_for(recipe.sides))
+    data = open_data(recipe.source, short_side=short_side_for(recipe.sides))
     if data.classes is None or data.test is None or data.val is None:
         raise ValueError(f"--data {config.source.data} needs labels, and enough of them for val and test.")
     counts = [round(share * len(data.pretrain)) for share in config.shares]
@@ -100,11 +101,14 @@ def run_curve(config: CurveConfig, scripts: Path) -> None:
         )
     steps = max(round(recipe.epochs * (len(data.pretrain) // recipe.batch_size)), 1)
     runs = [config.out / f"images-{count}" for count in counts]
-    for run in runs:
+    for run, share in zip(runs, config.shares):
         if is_finished(run):
             summary = read_json(run / SUMMARY)
             if (summary["steps"], summary["data"]["fingerprint"]) != (steps, data.fingerprint):
                 raise ValueError(f"{run} is of other images or another number of steps; choose another --out.")
+            saved = {name: value for name, value in read_json(run / RECIPE).items() if name != "recipe"}
+            if changed := changed_settings(saved, dataclasses.replace(recipe, share=share)):
+                raise ValueError(f"{run} is of other settings ({changed}); choose another --out.")
 
     def script(name: str, *arguments: object, **options) -> str:
         """What a script prints, if it is captured. Raises ValueError where it fails."""
@@ -127,21 +131,24 @@ def run_curve(config: CurveConfig, scripts: Path) -> None:
             epochs = steps / (count // recipe.batch_size)
             script("train/pretrain.py", *flags, "--epochs", epochs, "--share", share, "--out", run)
 
-    def probe(run: Path, name: str, subject: str, count: int, *arguments: object) -> Point:
-        """The result of a script of eval/, which runs if there is none."""
+    def probe(run: Path, name: str, subject: str, count: int, settings: dict, *arguments: object) -> Point:
+        """The result of a script of eval/ on these images, which runs if there is none. Results of others are kept."""
+        expected: dict = {"subject": subject, "data_fingerprint": data.fingerprint, "protocol": recipe.source.protocol}
+        expected |= {"image_size": list(recipe.sides), "settings": settings}
         for attempt in range(2):
-            results = [read_json(path) for path in sorted((run / "eval").glob(f"{name}-*.json"))]
-            for result in results:
-                if result["subject"] == subject and (name != "linear" or not result["settings"]):
+            for path in sorted((run / "eval").glob(f"{name}-*.json")):
+                result = read_json(path)
+                if expected.items() <= result.items():
                     return Point(count, result["test"]["top1"], tuple(result["test"]["top1_interval"]))
             if attempt == 0:
                 script(f"eval/{name}.py", run, *config.data_flags, *arguments)
-        raise AssertionError(f"{name} left no result")
+        raise ValueError(f"{name} left no result on the images of --data; if they have changed, choose another --out.")
 
-    points = [probe(run, "linear", "pretrained", count) for run, count in zip(runs, counts)]
-    untrained = probe(runs[-1], "linear", "random", 0, "--init", "random")
-    seen = ("--epochs", steps * recipe.batch_size / len(data.train), "--batch-size", recipe.batch_size)
-    supervised = probe(runs[-1], "finetune", "random", len(data.train), "--from-scratch", *seen)
+    points = [probe(run, "linear", "pretrained", count, {}) for run, count in zip(runs, counts)]
+    untrained = probe(runs[-1], "linear", "random", 0, {}, "--init", "random")
+    seen = FinetuneConfig(epochs=steps * recipe.batch_size / len(data.train), batch_size=recipe.batch_size)
+    how = ("--from-scratch", "--epochs", seen.epochs, "--batch-size", seen.batch_size)
+    supervised = probe(runs[-1], "finetune", "random", len(data.train), seen.own_settings, *how)
     sentence = answer(points, untrained, supervised)
     about: dict[str, Any] = {"answer": sentence, "data": config.source.data, "recipe": config.recipe, "steps": steps}
     about["pretrained"] = [dataclasses.asdict(point) for point in points]

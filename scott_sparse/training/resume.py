@@ -65,7 +65,7 @@ def open_folder(
     for folder in ("eval", PICTURES):  # of weights that are replaced
         shutil.rmtree(out / folder, ignore_errors=True)
     write_json(out / RECIPE, {"recipe": name, **recipe.to_json()})
-    save_digests(out, data.pretrain)
+    save_digests(out, data.pretrain.digests)
     if data.unreadable:
         (out / UNREADABLE).write_text("\n".join([*unreadable_lines(data.unreadable), ""]), encoding="utf-8")
     return checkpoint
@@ -100,11 +100,9 @@ def find_checkpoint(recipe: Recipe, out: Path, fingerprint: str, precision: str,
 
 def check_same_run(saved: dict, recipe: Recipe, fingerprint: str, precision: str, path: Path) -> None:
     """Raises ValueError, naming the fields, unless resuming gives what an uninterrupted run of `recipe` would give."""
-    then, now = flatten(saved["recipe"]), flatten(recipe.to_json())
-    names = sorted((now.keys() | then.keys()) - RESUMABLE_FIELDS)
-    changed = [f"{name} was {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)]
+    changed = changed_settings(saved["recipe"], recipe)
     changes = {
-        f"was started with other settings ({'; '.join(changed)})": bool(changed),
+        f"was started with other settings ({changed})": bool(changed),
         f"had precision {saved['precision']}, now {precision}": saved["precision"] != precision,
         "was started with other images than --data has now": saved["fingerprint"] != fingerprint,
     }
@@ -112,6 +110,15 @@ def check_same_run(saved: dict, recipe: Recipe, fingerprint: str, precision: str
         if is_true:
             remedy = "resume it as it was, choose another --out, or start anew with --overwrite"
             raise ValueError(f"the run of {path} {change}: {remedy}.")
+
+
+def changed_settings(saved: dict, recipe: Recipe) -> str:
+    """In which settings that decide a result a recipe differs from a saved one, in one line; "" in none."""
+    then, now = flatten(saved), flatten(recipe.to_json())
+    names = sorted((now.keys() | then.keys()) - RESUMABLE_FIELDS)
+    return "; ".join(
+        f"{name} was {then.get(name)}, now {now.get(name)}" for name in names if then.get(name) != now.get(name)
+    )
 
 
 def is_checkpoint_of(path: Path, out: Path) -> bool:

@@ -15,7 +15,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, is_tensorboard_available, set_seed
 from filelock import FileLock
 from rich.console import Console
 
@@ -241,6 +241,8 @@ def open_run(run: Run) -> Run:
 
 def accelerator_of(recipe: Recipe, out: Path) -> Accelerator:
     """Accelerate, for the processes that were launched, in the launcher's precision or else that of the recipe."""
+    if recipe.tracker and not is_tensorboard_available():  # which Accelerate would pass over
+        raise ValueError("--tracker tensorboard needs the package tensorboard: pip install tensorboard.")
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # "no" also where the launcher was not told any
     if precision == "no" and has_bf16(process_state().device):
         precision = recipe.precision

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from scott_sparse.data import views_gpu
-from scott_sparse.data.decode import bits_for, decode, largest_value
+from scott_sparse.data.decode import decode, largest_value, white_for
 from scott_sparse.data.images import Images, channel_statistics
 from scott_sparse.data.readers import Selection, Unreadable
 from scott_sparse.data.views import OPS, ViewConfig, draw_views, make_views
@@ -60,6 +60,11 @@ CASES = {  # name: file, selection, pixels
         {"channels": 4, "bands": (12, 0, 0, 5)},
         eight_bits(BANDS[..., [12, 0, 0, 5]]),
     ),
+    "floats": (
+        lambda: tiff(BYTES.astype(np.float32) / 32, **INSIDE),
+        {"channels": 5},
+        np.floor(BYTES / 256 * 255 + 0.5).astype(np.uint8),
+    ),
     "alpha is a band": (lambda: png(BYTES[..., :4], "RGBA"), {"channels": 4}, BYTES[..., :4]),
     "turned": (lambda: tiff(BYTES, extratags=[(274, 3, 1, 3, True)], **INSIDE), {"channels": 5}, BYTES[::-1, ::-1]),
 }
@@ -69,11 +74,11 @@ CASES = {  # name: file, selection, pixels
 def test_decoded_as_in_the_file(case):
     make, selection, expected = CASES[case]
     file, selection = make(), Selection(**selection)
-    bits = bits_for(largest_value(file, selection))
-    assert bits == (12 if "deep" in case else 8)
-    pixels = decode(file, 64, selection, find_bits=lambda: bits).numpy()
+    white = white_for(largest_value(file, selection))
+    assert white == (8 if "floats" in case else 4095 if "deep" in case else 255)
+    pixels = decode(file, 64, selection, find_white=lambda: white).numpy()
     assert np.array_equal(pixels, expected)
-    small = decode(file, 10, selection, find_bits=lambda: bits)
+    small = decode(file, 10, selection, find_white=lambda: white)
     assert small.shape == (10, 12, expected.shape[2])
     for band in range(expected.shape[2]):
         resized = Image.fromarray(expected[..., band].copy()).resize((12, 10), Image.Resampling.BICUBIC)
@@ -88,7 +93,7 @@ def test_decoded_as_in_the_file(case):
         (lambda: tiff(PAGES[0], **BLACK), {"channels": 2, "bands": (0, 9)}, "5 bands, expected 2"),
         (lambda: png(BYTES[..., :3], "RGB"), {"channels": 4}, "3 bands, expected 4"),
         (lambda: tiff(BYTES, **INSIDE), {"channels": 2, "bands": (0, 9)}, "no band 9"),
-        (lambda: tiff(BYTES.astype(np.float32), **INSIDE), {"channels": 5}, "float32.*expected integers"),
+        (lambda: tiff(BYTES.astype(np.complex64), **INSIDE), {"channels": 5}, "complex64.*expected integers or floats"),
         (lambda: io.BytesIO(tiff(BYTES, **INSIDE).getvalue()[:200]), {"channels": 5}, "."),
     ],
 )

@@ -117,7 +117,7 @@ def test_some_petals_are_drawn_as_large_as_asked_for(tmp_path):
 def test_pretrained_images_are_recognised_in_another_folder(photos, tmp_path):
     data = opened(photos({"train/a": 5, "train/b": 5, "test/a": 3, "test/b": 3}), tmp_path)
     assert load_digests(tmp_path) is None
-    save_digests(tmp_path, data.pretrain)
+    save_digests(tmp_path, data.pretrain.digests)
     (tmp_path / "photos").rename(tmp_path / "moved")
     again, known = opened(tmp_path / "moved", tmp_path), load_digests(tmp_path)
     assert torch.equal(known, data.pretrain.digests) and len(known.unique()) == 10

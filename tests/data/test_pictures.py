@@ -185,7 +185,33 @@ CASES = {
     "12-bit RGB PNG, 16-bit alpha": ("a.png", png16(halves((4080, 0, 0, 32768), 4095)), (254, 127, 127)),
     "12-bit grey PNG, alpha": ("a.png", png16(halves((1024, 4095), (4095, 0))), (64, 64, 64)),
     "12-bit JPEG XL": ("a.jxl", plugin("pillow_jxl", "I;16", 4095, "JXL", lossless=True), WHITE),
-    "floating point": ("a.tif", tiff(halves(0.5, 1, np.float32)), "floating-point"),
+    # Floating point: 0.5 of 1 is 128 of 255; above 1 the range ends at the next power of two
+    "floats": ("a.tif", tiff(halves(0.5, 0.9, np.float32)), (128, 128, 128)),
+    "floats of 64 bits": ("a.tif", tiff(halves(0.5, 1, np.float64)), (128, 128, 128)),
+    "floats of 16 bits": ("a.tif", with_tifffile(tiff(halves(0.5, 1, np.float16))), (128, 128, 128)),
+    "floats above 1": ("a.tif", tiff(halves(0.5, 1.2, np.float32)), (64, 64, 64)),
+    "floats of a 12-bit camera": ("a.tif", tiff(halves(1024, 4000, np.float32)), (64, 64, 64)),
+    "small floats": ("a.tif", tiff(halves(1e-30, 2e-30, np.float32)), (81, 81, 81)),
+    "floats, big-endian": ("a.tif", tiff(halves(0.5, 1, np.float32), order=">"), (128, 128, 128)),
+    "floats, white is zero": (
+        *("a.tif", with_tifffile(tiff(halves(0.25, 1, np.float32), photometric=0)), (191, 191, 191)),
+    ),
+    "floats, RGB": (
+        *("a.tif", with_tifffile(tiff(halves((0.25, 0.5, 1), (1, 1, 1), np.float32), photometric=2)), (64, 128, 255)),
+    ),
+    "floats, alpha": (
+        *("a.tif", with_tifffile(tiff(halves((0, 1, 2, 0.5), (2, 2, 2, 1), np.float32), photometric=2, t338=(2,)))),
+        (127, 191, 255),
+    ),
+    "PFM": ("a.pfm", b"Pf 2 1 -1.0\n" + struct.pack("<2f", 0.5, 1), (128, 128, 128)),
+    "floats below 0": (
+        "a.tif",
+        tiff(halves(0.5, -1, np.float32)),
+        "floating-point pixels from -1.0 to 0.5, expected 0",
+    ),
+    "floats with NaN": ("a.tif", tiff(halves(0.5, np.nan, np.float32)), "floating-point pixels from nan"),
+    "floats with inf": ("a.tif", tiff(halves(0.5, np.inf, np.float32)), "to inf, expected 0 to 65535"),
+    "floats of no data": ("a.tif", tiff(halves(0.5, -3.4e38, np.float32)), r"from -3.*e.38 to 0.5, expected"),
     "16-bit CMYK": ("a.tif", tiff(halves((65535, 0, 0, 0), 0), photometric=5), (0, 255, 255)),
     "16-bit premultiplied alpha": ("a.tif", tiff(halves((0, 0, 0, 0), 65535), photometric=2, t338=(1,)), WHITE),
     "upside down, 12-bit RGB TIFF": (*("a.tif", tiff(RGBA16[:, ::-1, :3], photometric=2, t274=(3,)), (64, 128, 191)),),
@@ -307,6 +333,16 @@ def test_bright_and_dark_images_of_a_set_keep_their_relation(bits, format, cache
         assert open_data(config, short_side=64).about["notes"] == [
             f"values of more than 8 bits are taken as {bits}-bit (0 to {2**bits - 1})",
         ]
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+def test_floats_of_a_set_keep_their_relation(cache, tmp_path):
+    files = {f"{name}.tif": tiff(halves(0.25, top, np.float32)) for name, top in (("a", 0.5), ("b", 3.0))}
+    root = write_folder(tmp_path / "set", files)
+    config = DataConfig(data=str(root), cache=cache, cache_dir=tmp_path)
+    for _ in range(2):
+        assert [image[0, [0, -1], 0].tolist() for image in images_of(config)] == [[16, 32], [16, 191]]
+        assert open_data(config, short_side=64).about["notes"] == ["floating-point values are taken as 0 to 4"]
 
 
 def test_another_image_of_more_bits_rescales_the_set(tmp_path):

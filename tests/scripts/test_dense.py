@@ -13,6 +13,7 @@ import pytest
 import segment
 import table
 import torch
+import torch.nn.functional as F
 from conftest import TINY, write_photo
 from PIL import Image
 
@@ -169,10 +170,52 @@ def test_segmentation_of_petals_and_pets(run_folder, tmp_path, monkeypatch):
     assert result["classes"] == ["background", "pet"] and result["heads"]["linear"]["test"]["miou"] > 45
 
 
+def test_maps_of_val_and_test_are_counted_batch_by_batch(run_folder, pairs, tmp_path, monkeypatch):
+    """To the counts of all maps at once."""
+    confusions, roles = evaluation_segment.confusions, []
+
+    def compared(candidates, batches, masks, **how):
+        parts = []
+        batches = ((parts.append(batch), batch)[1] for batch in iter(batches))
+        counts = confusions(candidates, batches, masks, **how)
+        assert all(len(maps) <= 8 for batch in parts for maps in batch.values())
+        for candidate, own in zip(candidates, counts):
+            maps = torch.cat([batch[candidate.setting["features"]] for batch in parts]).float()
+            with torch.no_grad():
+                logits = F.interpolate(candidate.model(maps), size=masks.shape[1:], mode="bilinear")
+            pairs = [(masks == row) & (logits.argmax(1) == column) for row in (0, 1) for column in (0, 1)]
+            assert torch.equal(own, torch.stack([both.sum((1, 2)) for both in pairs], 1).unflatten(1, (2, 2)))
+        roles.append((len(candidates), len(masks)))
+        return counts
+
+    monkeypatch.setattr(evaluation_segment, "BATCH", 8)
+    monkeypatch.setattr(evaluation_segment, "confusions", compared)
+    root = pairs("images/{}", {"train": 12, "val": 9, "test": 18})
+    evaluate("segment", run_folder, root, tmp_path, steps=5)
+    assert roles == [(1, 12), (1, 12), (6, 9), (3, 18)]  # clusters are named on train; then val, then test once
+
+
+@pytest.mark.parametrize("levels", [(90,), (90, 230)])
+def test_segmentation_of_blank_images(levels, run_folder, pairs, tmp_path, capsys):
+    """k-means has no more clusters than there are colours; the class of each is the largest in its pixels."""
+    root = pairs(counts={"": 20})
+    for i in range(20):
+        mask = np.full((40, 48), len(levels), dtype=np.uint8)
+        mask[:, :10], mask[:, 10:16] = 0, 2 if len(levels) == 1 else 1
+        pixels = np.full((40, 48, 3), levels[-1], dtype=np.uint8)
+        pixels[:, :10] = levels[0]
+        Image.fromarray(pixels).save(root / "images" / f"{i}.png")
+        write_mask(root / "masks" / f"{i}.png", mask)
+    heads = evaluate("segment", run_folder, root, tmp_path, init="pixels", steps=20)["heads"]
+    best = heads["kmeans"]["test"]["accuracy"]
+    assert f"note: k-means on patch finds {len(levels)} different features for 3 classes" in capsys.readouterr().out
+    assert best > (60 if len(levels) == 1 else 80) and heads["linear"]["test"]["accuracy"] >= best - 5
+
+
 def test_a_run_pretrained_on_test_images_is_not_evaluated_as_clean(run_folder, pairs, tmp_path):
     root, run = pairs(), shutil.copytree(run_folder, tmp_path / "run")
     data = open_data(DataConfig(data=str(root / "images"), cache_dir=tmp_path), short_side=short_side_for((32, 32)))
-    save_digests(run, data.pretrain)
+    save_digests(run, data.pretrain.digests)
     (run / "summary.json").write_text(json.dumps({"data": {"source": "x", "protocol": "clean"}}))
     with pytest.raises(ValueError, match=r"was pretrained on (\d+) of the \1 test images"):
         evaluate("segment", run, root, tmp_path, steps=5)
@@ -188,6 +231,8 @@ def test_mistakes_of_segmentation_end_in_one_line(run_folder, pairs, tmp_path, m
     write_photo(roots["rgb"] / "masks" / "3.png", 40, 48)
     roots["unseen"] = pairs("images/{}", {"train": 6, "val": 2, "test": 2}, name="unseen")
     write_mask(roots["unseen"] / "masks" / "test" / "1.png", np.full((40, 48), 7, dtype=np.uint8))
+    roots["void"] = pairs("images/{}", {"train": 6, "val": 2, "test": 1}, name="void")
+    write_mask(roots["void"] / "masks" / "test" / "0.png", np.full((40, 48), 255, dtype=np.uint8))
     roots["none"] = tmp_path / "none"
     roots["none"].mkdir()
     roots["two"] = pairs(counts={"": 1}, name="two")
@@ -197,6 +242,7 @@ def test_mistakes_of_segmentation_end_in_one_line(run_folder, pairs, tmp_path, m
         (roots["rgb"], "mode RGB, expected an indexed (P) or grey (L) PNG"),
         (roots["single"], "hold class 0 alone (255 is ignored); a second one is needed: where 255 marks the object"),
         (roots["unseen"], "class 7 is in masks of test but in none of train; move some images"),
+        (roots["void"], "all pixels in the masks of test are 255, which is ignored; move some images there"),
         (roots["none"], "no images/; expected images/NAME.jpg"),
         (roots["two"], "too few images with masks to set some aside for val"),
         (tmp_path / "nowhere", "expected petals, pets37, or a folder with images/ and masks/"),

@@ -184,7 +184,7 @@ def pretrained_on(run_folder, tmp_path):
         about = {"source": str(photos), "protocol": protocol, "fingerprint": data.fingerprint}
         (run / "summary.json").write_text(json.dumps({"data": about}))
         if digests:
-            save_digests(run, data.pretrain)
+            save_digests(run, data.pretrain.digests)
         return run
 
     return make

@@ -38,6 +38,20 @@ sys.path[0] = sys.argv[0].rpartition("/")[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
+WITHOUT = """
+import importlib.abc, importlib.util, runpy, sys
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "{package}":
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name.startswith("{package}") else find_spec(name, *a)
+sys.meta_path.insert(0, Hide())
+sys.argv = sys.argv[1:]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 WINDOWS = """
 import os, runpy, signal, sys
 import psutil  # which on Linux needs what is taken away here
@@ -76,6 +90,29 @@ def test_a_checkout_that_is_not_installed(photos, tmp_path, clean_environment):
     assert json.loads(path.read_text())["versions"]["scott-sparse"] is None
     done = run(NOT_INSTALLED, environment, ROOT / "train/pretrain.py", "--size", "huge")
     assert done.returncode == 1 and "unknown size 'huge'" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "command"),
+    [
+        ("torch", ["train/pretrain.py"]),
+        ("rich", ["eval/visualize.py", "--help"]),
+        ("scipy", ["eval/segment.py", "--help"]),
+        ("tensorboard", ["train/pretrain.py", "--tracker", "tensorboard", "--data", "petals"]),
+    ],
+)
+def test_a_missing_package_ends_a_script_in_one_line(package, command, clean_environment):
+    done = run(WITHOUT.format(package=package), clean_environment, ROOT / command[0], *command[1:])
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert f"package {package}: pip install " in done.stderr
+    assert package == "tensorboard" or done.stderr.strip().endswith(str(ROOT / "requirements.txt"))
+
+
+def test_sklearn_is_asked_for_in_one_line(clean_environment):
+    code = WITHOUT.format(package="sklearn").partition("sys.argv")[0] + "import scott_sparse.evaluation.sklearn"
+    done = run(code, clean_environment)
+    message = "ImportError: scott_sparse.evaluation.sklearn needs scikit-learn 1.6: pip install 'scikit-learn>=1.6'."
+    assert done.stderr.splitlines()[-1] == message and "During handling" not in done.stderr
 
 
 def test_what_windows_lacks_is_not_needed(photos, tmp_path, clean_environment):

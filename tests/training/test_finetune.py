@@ -18,11 +18,13 @@ import torch
 from conftest import ROOT, TINY, write_photo
 from safetensors.torch import load_file
 
-from scott_sparse import Encoder, save_encoder
-from scott_sparse.data.dataset import DataConfig
+from scott_sparse import Encoder, load_encoder, save_encoder
+from scott_sparse.data.dataset import DataConfig, open_data, short_side_for
+from scott_sparse.data.splits import load_digests, save_digests
 from scott_sparse.evaluation.finetune import Augment, Classifier, FinetuneConfig, balanced_weights
 from scott_sparse.evaluation.labels import draw_labels
 from scott_sparse.evaluation.subject import LabelBudgetConfig, run_script
+from scott_sparse.model.hub import model_card
 from scott_sparse.training import finetune
 from scott_sparse.training.optim import adamw
 
@@ -83,6 +85,11 @@ def result_of(folder, name="finetune"):
     return [json.loads(path.read_text()) for path in sorted(folder.glob(f"eval/{name}*.json"))]
 
 
+def result_of_knn(folder, photos, cache, **fields):
+    knn.main(LabelBudgetConfig(str(folder), source=DataConfig(data=str(photos), cache_dir=cache), **fields))
+    return result_of(ROOT / folder, "knn")
+
+
 def flags(run_folder, photos, cache, *more):
     return [run_folder, "--data", photos, "--cache-dir", cache, "--batch-size", 16, "--points", 4, *more]
 
@@ -113,11 +120,20 @@ def test_it_learns_chooses_on_val_and_reads_test_once(run_folder, photos_folder,
     assert again["test"] == result["test"] and again["settings_tried"] == tried
     assert not list(run_folder.glob("eval/finetune/*/checkpoints"))
 
-    # The classifier's folder stands in for a run, which has seen all that both have.
-    config = LabelBudgetConfig(result["classifier"], source=DataConfig(data=str(photos_folder), cache_dir=tmp_path))
-    knn.main(config)
-    (of_knn,) = (path.read_text() for path in (ROOT / result["classifier"]).glob("eval/knn*.json"))
-    assert json.loads(of_knn)["image_size"] == [SIZE, SIZE]
+    # The classifier's folder stands in for a run. Which images the first run saw is not known.
+    (of_knn,) = result_of_knn(result["classifier"], photos_folder, tmp_path)
+    assert of_knn["image_size"] == [SIZE, SIZE] and of_knn["test_images_pretrained_on"] is None
+
+
+def test_a_fine_tuned_encoder_has_seen_what_its_run_has(run_folder, photos_folder, tmp_path):
+    config = DataConfig(data=str(photos_folder), cache_dir=tmp_path)
+    test = open_data(config, short_side=short_side_for((SIZE, SIZE))).test.digests
+    save_digests(run_folder, test[:3])
+    assert run(*flags(run_folder, photos_folder, tmp_path, "--epochs", 1))[0] is None
+    (result,) = result_of(run_folder)
+    assert len(load_digests(ROOT / result["classifier"])) == 3 + 66
+    with pytest.raises(ValueError, match="was pretrained on 3 of the 24 test images"):
+        result_of_knn(result["classifier"], photos_folder, tmp_path)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -161,6 +177,22 @@ def test_one_table_of_frozen_fine_tuned_and_scratch(run_folder, photos_folder, t
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [row[0].split()[-3] for row in cells] == ["pretrained,", "random,"] and all(map(all, cells[:1]))
     assert cells[1][1:3] == ["", ""] and all(cells[1][3:])
+
+
+def test_a_classifiers_folder_says_how_it_was_trained(run_folder, photos_folder, tmp_path, capsys):
+    for name, scratch in (("fine-tuned", ()), ("trained from scratch", ("--from-scratch",))):
+        more = ("--epochs", 1, "--out", tmp_path / name, *scratch)
+        assert run(*flags(run_folder, photos_folder, tmp_path, *more))[0] is None
+        (folder,) = (tmp_path / name).glob("finetune/*")
+        (result,) = result_of_knn(folder, photos_folder, tmp_path)
+        assert result["subject"] == name
+        table.main(table.TableConfig((folder,)))
+        printed = capsys.readouterr().out
+        assert f"{folder} {name}, 32 px" in printed and f"on {name} features" in printed
+        card = str(model_card(load_encoder(folder), "photos"))
+        assert f", {name} with labels: tokenizer" in card and "| knn | photos" in card
+        assert "Protocol clean: training saw no test image" in card and "pretraining" not in card
+        assert ("self-supervised" in card) == (name == "fine-tuned")
 
 
 @pytest.mark.parametrize(

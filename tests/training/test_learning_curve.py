@@ -1,6 +1,7 @@
 """eval/learning_curve.py as a user runs it, on tiny runs; the answer in words."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -9,8 +10,9 @@ import pytest
 from conftest import ROOT, TINY_RUN
 from PIL import Image
 
+from scott_sparse.data.dataset import DataConfig, open_data, short_side_for
 from scott_sparse.evaluation.subject import run_script
-from scott_sparse.training.learning_curve import CurveConfig, Point, answer
+from scott_sparse.training.learning_curve import CurveConfig, Point, answer, run_curve
 from scott_sparse.training.recipe import parse
 
 PRETRAIN = " ".join(map(str, TINY_RUN[: TINY_RUN.index("--epochs")])) + " --report-every 0"
@@ -78,6 +80,51 @@ def test_images_without_labels_and_a_folder_of_another_curve_are_refused(photos,
     (run / "summary.json").write_text(json.dumps({"steps": 4, "data": {"fingerprint": "another"}}))
     said = refusal(monkeypatch, *flags(data, tmp_path / "curve", "--shares", "1"))
     assert "is of other images or another number of steps; choose another --out" in said
+
+
+@pytest.mark.parametrize(
+    ("probe", "changed", "message"),
+    [
+        ("linear", {}, None),
+        ("linear", {"data_fingerprint": "another"}, "linear.py failed with exit code 3"),
+        ("linear", {"image_size": [64, 64]}, "linear.py failed with exit code 3"),
+        ("linear", {"settings": {"crops": 8}}, "linear.py failed with exit code 3"),
+        ("finetune", {"data_fingerprint": "another"}, "finetune.py failed with exit code 3"),
+        ("finetune", {"settings": {"epochs": 9.0}}, "finetune.py failed with exit code 3"),
+        ("recipe", {"lr": 7.0}, "is of other settings (lr was 7.0, now 0.003); choose another --out"),
+    ],
+)
+def test_results_are_used_again_where_images_and_settings_are_the_same(probe, changed, message, photos, tmp_path):
+    """Of a run and probes as their scripts leave them; here these scripts fail."""
+    data = photos({f"{split}/{name}": 16 for split in ("train", "test") for name in "ab"})
+    scripts, out = tmp_path / "scripts", tmp_path / "curve"
+    source = DataConfig(data=str(data), cache_dir=tmp_path / "cache")
+    config = CurveConfig(source=source, out=out, epochs=1.0, shares=(1.0,), pretrain=PRETRAIN)
+    _, recipe = parse(["small-data", *flags(data, out)[:4], *PRETRAIN.split(), "--epochs", "1"])
+    opened = open_data(source, short_side=short_side_for((32, 32)))
+    score = {"top1": 50.0, "top1_interval": [40.0, 60.0]}
+    common = {"data_fingerprint": opened.fingerprint, "protocol": "clean", "image_size": [32, 32], "test": score}
+    seen = {"epochs": 4 * 8 / len(opened.train), "batch_size": 8}
+    files = {
+        "summary": {"steps": 4, "data": {"fingerprint": opened.fingerprint}},
+        "recipe": {"recipe": "small-data", **recipe.to_json()},
+        "eval/linear-photos-1": {"subject": "pretrained", "settings": {}, **common},
+        "eval/linear-photos-random-1": {"subject": "random", "settings": {}, **common},
+        "eval/finetune-photos-1": {"subject": "random", "settings": seen, **common},
+    }
+    for name, content in files.items():
+        path = out / "images-32" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**content, **(changed if probe in name else {})}))
+    (scripts / "eval").mkdir(parents=True)
+    for name in ("linear", "finetune"):
+        (scripts / "eval" / f"{name}.py").write_text("raise SystemExit(3)")
+    if message is None:
+        run_curve(config, scripts)
+        assert json.loads((out / "learning_curve.json").read_text())["pretrained"][0]["top1"] == 50
+    else:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            run_curve(config, scripts)
 
 
 def test_a_share_is_of_the_images_to_pretrain_on_alone_and_nested(photos, tmp_path):

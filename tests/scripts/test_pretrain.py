@@ -24,7 +24,7 @@ def command(arguments, environment):
 
 
 def torchrun(processes):
-    return ["torchrun", "--nproc_per_node", processes, "--master_port", 29500 + os.getpid() % 1000]
+    return ["torchrun", "--nproc_per_node", processes, "--standalone"]
 
 
 def metrics(out):

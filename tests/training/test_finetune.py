@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -279,8 +278,7 @@ def test_two_processes_train_what_one_does(run_folder, photos_folder, tmp_path, 
     """To rounding; nothing is mixed or erased here."""
     tops, common = [], flags(run_folder, photos_folder, tmp_path, "--epochs", 2, "--minutes", 9)
     for processes in (1, 2):
-        port = 29400 + os.getpid() % 200
-        launch = [sys.executable, "-m", "torch.distributed.run", "--master_port", port, "--nproc_per_node", processes]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
         command = [*launch, ROOT / "eval" / "finetune.py", *common, "--out", tmp_path / str(processes)]
         done = subprocess.run(list(map(str, command)), env=clean_environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

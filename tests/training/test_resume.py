@@ -205,8 +205,7 @@ def test_on_another_number_of_processes(first, then, train, labelled, tmp_path, 
 
     def launch(how, wait):
         processes, script, more = LAUNCHED[how]
-        port = 29700 + os.getpid() % 200
-        command = ["torchrun", "--nproc_per_node", processes, "--master_port", port, script, *FLAGS, *quiet]
+        command = ["torchrun", "--standalone", "--nproc_per_node", processes, script, *FLAGS, *quiet]
         command += ["--data", labelled, "--cache-dir", tmp_path / "cache", "--out", tmp_path / "cut"]
         path = os.pathsep.join([os.path.dirname(sys.executable), clean_environment["PATH"]])
         environment = {**clean_environment, **more, "PATH": path}

@@ -46,17 +46,20 @@ SETS = {  # name: what tells its classes apart, and the flags that open it
 }
 BASELINES = ("pixels", "untrained", "supervised")
 ONE_GROUP = ("--plain-share", "0", "--crop-scale", ".2", "1")
-RECIPES = {  # name of a cell: flags that differ from small-data
-    "small-data": (),
-    "plain crops only": ("--colour", "0", *ONE_GROUP),
-    "coloured crops only": ONE_GROUP,
-    "without MIM-JEPA": ("--mim-weight", "0"),
-    "SIGReg for NT-Xent": ("--cross-crop-loss", "sigreg", "--cross-crop-weight", "1"),
-    "patch embedding": ("--tokenizer", "patch"),
-}
-# The published recipe at this size; epochs are set by --images.
+# The published recipe at the size of the others; epochs are set by --images.
 PUBLISHED = ("--image-size", "64", "--patch-size", "8", "--size", "demo", "--stem-width", "32")
-CELLS = (*BASELINES, *RECIPES, "published objective")
+RECIPES = {  # name of a cell: a recipe of train/pretrain.py, and flags
+    "small-data": ("small-data",),
+    "plain crops only": ("small-data", "--colour", "0", *ONE_GROUP),
+    "coloured crops only": ("small-data", *ONE_GROUP),
+    "without MIM-JEPA": ("small-data", "--mim-weight", "0"),
+    "SIGReg for NT-Xent": ("small-data", "--cross-crop-loss", "sigreg", "--cross-crop-weight", "1"),
+    "patch embedding": ("small-data", "--tokenizer", "patch"),
+    "mim-jepa": ("mim-jepa",),
+    "mim-jepa, last block": ("mim-jepa", "--mim-target", "last"),
+    "published objective": ("flowers102", *PUBLISHED),
+}
+CELLS = (*BASELINES, *RECIPES)
 PROBES = {"knn": (), "linear": (), "attentive": ("--epochs", "30")}
 
 
@@ -149,10 +152,8 @@ def run_cell(bench: Bench, cell: Cell) -> None:
 
 def train_and_probe(cell: Cell, out: Path, data: list[str], source: list[str]) -> list[dict]:
     """The rows of a cell, one a point. Raises CalledProcessError where a script fails."""
-    name, changes = "small-data", RECIPES.get(cell.name, ())
-    if cell.name == "published objective":
-        name, data = "flowers102", [*PUBLISHED, *data]
-    flags = [name, *data, "--seed", cell.seed, "--out", out]
+    recipe = RECIPES.get(cell.name, RECIPES["small-data"])
+    flags = [*recipe, *data, "--seed", cell.seed, "--out", out]
     summary = out / "summary.json"  # there where the probes of a cell were cut short
     supervised = cell.name == "supervised"
     if not summary.exists() and (supervised or not cell.is_trained):  # needs a run folder for size, model and seed only
@@ -162,7 +163,7 @@ def train_and_probe(cell: Cell, out: Path, data: list[str], source: list[str]) -
         kept = max(steps // cell.points, 1)
         keep = ["--save-every", kept, "--keep-every", kept] if cell.points > 1 else []
         warmup = ["--warmup-epochs", 40 / 300 * epochs] if cell.name == "published objective" else []
-        script("train/pretrain.py", *flags, "--epochs", epochs, "--report-every", 0, *keep, *warmup, *changes)
+        script("train/pretrain.py", *flags, "--epochs", epochs, "--report-every", 0, *keep, *warmup)
     if supervised:
         epochs, _ = length(cell, source, "train")
         script("eval/finetune.py", out, *source, "--from-scratch", "--seed", cell.seed, "--epochs", epochs)
@@ -179,7 +180,7 @@ def train_and_probe(cell: Cell, out: Path, data: list[str], source: list[str]) -
             row |= {f"{probe}_{role}": result[role]["top1"] for role in ("val", "test")}
             row |= {f"{probe}_choice": result["choice"], "commit": result["commit"]}
         row |= {"cpu_seconds": about["cpu_seconds"], "steps": about["steps"]} if cell.is_trained else {}
-        rows.append({**row, "precision": precision(), "flags": changes, "torch": torch.__version__})
+        rows.append({**row, "precision": precision(), "flags": recipe, "torch": torch.__version__})
     return rows
 
 

@@ -136,7 +136,7 @@ class Step:
         set_schedules(self.optimizer, self.schedules, self.number % 100)
         projections = projections_at(self.recipe, self.number, self.device)
         with torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext():
-            targets = target_features(self.target, target_images)
+            targets = target_features(self.target, target_images, of=self.recipe.objective.mim_target)
             mark("target")
             loss = self.model(context, visible, targets, projections)["loss"]
         mark("loss")

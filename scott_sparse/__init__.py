@@ -2,7 +2,7 @@
 
 Axes, in shapes such as `Float[Tensor, "B N D"]`:
     B images, V views (masked crops) of an image, H W pixels, C K channels (C of images: in_channels)
-    h w patch grid, P patch size, N = h * w patches, D width of a token, E width of an embedding
+    h w patch grid, P patch size, N = h * w patches, D width of a token, E of an embedding, F of what is predicted
     n visible patches of an image, S visible patches of a batch (packed in one row), s sites per side of a patch
 Booleans are named after what True means: `visible`, `hidden = ~visible`.
 

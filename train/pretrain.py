@@ -115,7 +115,7 @@ def train(run: Run, target: Encoder, first_steps: FirstSteps) -> dict:
                 targets = None
                 if recipe.objective.mim_weight:
                     with accelerator.autocast():
-                        targets = target_features(target, target_images)
+                        targets = target_features(target, target_images, of=recipe.objective.mim_target)
 
                 # 2. Predict: the context encoder sees the visible patches, the predictor predicts the hidden ones.
                 last = number == recipe.accumulate - 1

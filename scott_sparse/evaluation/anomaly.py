@@ -200,7 +200,7 @@ def prediction_error(run: str, span: tuple[int, int] | None, hidings: int, devic
     @torch.inference_mode()
     def score(images: Float[Tensor, "B c H W"]) -> Float[Tensor, "B h w"]:
         grid = model.encoder.tokenizer.grid(images)
-        targets = target_features(target, images, span)
+        targets = target_features(target, images, span, of=model.objective.mim_target)
         total, count = targets.new_zeros(targets.shape[:2]), targets.new_zeros(targets.shape[1])
         for visible in covering_masks(grid, hidings=hidings, hide_ratio=hide_ratio, shape=shape):
             hidden = ~visible.to(device)

@@ -27,6 +27,7 @@ from scott_sparse.shapes import Bool, Float, Tensor
 TERMS = {"mim": "MIM-JEPA", "ntxent": "NT-Xent", "invariance": "crop invariance", "sigreg": "SIGReg"}
 READ_BY = {  # fields of ObjectiveConfig that not all losses read: the terms that do
     "predictor_depth": ("mim",),
+    "mim_target": ("mim",),
     "cross_crop_loss": ("ntxent", "sigreg"),
     "projector": ("ntxent", "sigreg"),
     "temperature": ("ntxent",),
@@ -43,6 +44,9 @@ class ObjectiveConfig:
     """Weight of MIM-JEPA's loss; 0 leaves out target encoder pass and predictor."""
     predictor_depth: Annotated[int, ADVANCED] = 3
     """Blocks of the predictor."""
+    mim_target: Annotated[str, ADVANCED] = dataclasses.field(default="last", kw_only=True)
+    """Which features of the target encoder are predicted: those of the "last" block, as published, or those of "all"
+    blocks and of the tokenizer, side by side (several layers, as in Bootleg, arXiv 2603.15553)."""
     context: str = "all"
     """What the context encoder processes: "all" patches, with mask tokens where hidden, as published, or "visible"."""
     cross_crop_weight: float = 0.0
@@ -64,14 +68,16 @@ class ObjectiveConfig:
             raise ValueError(f"unknown context {self.context!r}; expected 'all' or 'visible'.")
         if self.cross_crop_loss not in ("ntxent", "sigreg"):
             raise ValueError(f"unknown cross_crop_loss {self.cross_crop_loss!r}; expected 'ntxent' or 'sigreg'.")
+        if self.mim_target not in ("last", "all"):
+            raise ValueError(f"unknown mim_target {self.mim_target!r}; expected 'last' or 'all'.")
         mim, cross = self.mim_weight, self.cross_crop_weight
         if not (min(mim, cross) >= 0 and 0 < mim + cross < math.inf):
             raise ValueError(
                 f"mim_weight {mim:g} and cross_crop_weight {cross:g} must be finite, 0 or more, not both 0."
             )
-        # Built-in recipes set predictor_depth, and may be run with mim_weight 0.
+        # Built-in recipes set these two, and may be run with mim_weight 0.
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        self.refuse_ignored({**defaults, "predictor_depth": self.predictor_depth})
+        self.refuse_ignored({**defaults, "predictor_depth": self.predictor_depth, "mim_target": self.mim_target})
         for name in ("predictor_depth", "temperature", "projector", "sigreg_projections"):
             value = getattr(self, name)
             if self.reads(name) and not (min(value) if isinstance(value, tuple) else value) > 0:
@@ -138,7 +144,10 @@ class MIMJEPA(nn.Module):
         super().__init__()
         self.objective, self.plain_crops, self.count = objective, plain_crops, count
         self.encoder = Encoder(encoder, engine=engine)
-        self.predictor = Predictor(encoder, objective.predictor_depth) if objective.mim_weight else None
+        self.predictor = None
+        if objective.mim_weight:
+            outputs = encoder.depth + 1 if objective.mim_target == "all" else 1
+            self.predictor = Predictor(encoder, objective.predictor_depth, outputs=outputs)
         groups = (2 if plain_crops else 1) if objective.cross_crop_weight else 0
         self.projectors = nn.ModuleList(Projector(encoder.dim, *objective.projector) for _ in range(groups))
         if not objective.mim_weight and objective.context == "visible":
@@ -148,7 +157,7 @@ class MIMJEPA(nn.Module):
         self,
         images: Float[Tensor, "B V C H W"],
         visible: Bool[Tensor, "B V N"],
-        targets: Float[Tensor, "B N D"] | None = None,
+        targets: Float[Tensor, "B N F"] | None = None,
         projections: Float[Tensor, "E M"] | None = None,
         *,
         cached: Float[Tensor, "A R D"] | None = None,
@@ -158,7 +167,8 @@ class MIMJEPA(nn.Module):
         """Loss terms of a batch of V masked crops per image, by name; `loss` is their weighted sum.
 
         `targets`, needed with MIM-JEPA, are the target features of each image's first crop, the only one that is
-        predicted. `projections`, needed with SIGReg, are unit columns (see `draw_projections`).
+        predicted; F is D, or D * (depth + 1) with the mim_target "all". `projections`, needed with SIGReg, are unit
+        columns (see `draw_projections`).
 
         Gradient accumulation: `pooled_only` gives {"pooled": (R, D)} alone, the pooled features of the R = B * V crops
         of a micro-batch. `cached` are those of all A micro-batches of a step, without gradient. With them this call is
@@ -178,6 +188,11 @@ class MIMJEPA(nn.Module):
         if self.predictor is not None:
             if targets is None:
                 raise ValueError("targets are missing; MIM-JEPA predicts target_features(target, images).")
+            if targets.shape[-1] != self.predictor.width:
+                raise ValueError(
+                    f"targets have width {targets.shape[-1]}, expected {self.predictor.width}: give target_features "
+                    f"of {self.objective.mim_target!r}."
+                )
             first = features.unflatten(0, visible.shape[:2])[:, 0]
             context = self.insert_mask_tokens(first, visible[:, 0])
             predictions = self.predictor(context, self.encoder.tokenizer.grid(crops))
@@ -225,7 +240,7 @@ class MIMJEPA(nn.Module):
 
     def predict_hidden(
         self, images: Float[Tensor, "B C H W"], visible: Bool[Tensor, "B N"], span: tuple[int, int] | None = None
-    ) -> Float[Tensor, "B N D"]:
+    ) -> Float[Tensor, "B N F"]:
         """The predictor's features of all patches, from the visible ones; it was trained on the hidden ones alone."""
         assert self.predictor is not None
         context = self.insert_mask_tokens(self.context_features(images, visible, span), visible)
@@ -268,10 +283,18 @@ def make_target(encoder: Encoder) -> Encoder:
 
 @torch.no_grad()
 def target_features(
-    target: Encoder, images: Float[Tensor, "B C H W"], span: tuple[int, int] | None = None
-) -> Float[Tensor, "B N D"]:
-    """What is predicted: the target's features of whole images, after a LayerNorm without affine parameters."""
-    return layer_norm(target(images, span=span).float())
+    target: Encoder, images: Float[Tensor, "B C H W"], span: tuple[int, int] | None = None, *, of: str = "last"
+) -> Float[Tensor, "B N F"]:
+    """What is predicted: the target's features of whole images, after a LayerNorm without affine parameters.
+
+    `of`: `ObjectiveConfig.mim_target`, "last", where F = D, or "all": those of the tokenizer and of each block, side by
+    side.
+    """
+    if of == "last":
+        return layer_norm(target(images, span=span).float())
+    tokens = target.tokenizer(images)
+    blocks = target.transformer.last_blocks(tokens, target.positions(images, tokens, span), target.config.depth)
+    return torch.cat([layer_norm(output.float()) for output in (tokens, *blocks)], dim=-1)
 
 
 @torch.no_grad()

@@ -16,9 +16,9 @@ from scott_sparse.shapes import Bool, Float, Tensor
 
 
 def masked_smooth_l1(
-    predictions: Float[Tensor, "B N D"], targets: Float[Tensor, "B N D"], *, hidden: Bool[Tensor, "B N"]
+    predictions: Float[Tensor, "B N F"], targets: Float[Tensor, "B N F"], *, hidden: Bool[Tensor, "B N"]
 ) -> Float[Tensor, ""]:
-    """Smooth L1 (beta 1): mean over D and over the hidden patches of each image, then over images.
+    """Smooth L1 (beta 1): mean over F and over the hidden patches of each image, then over images.
 
     The loss of MIM-JEPA (arXiv 2502.18056, section 3.2).
     """

@@ -273,18 +273,20 @@ class Encoder(nn.Module):
 class Predictor(nn.Module):
     """A Transformer of `depth` blocks on the context features of all N patches, then SiLU, LayerNorm, Linear.
 
-    Its blocks and positions are those of the paper whatever the encoder's are.
+    Its blocks and positions are those of the paper whatever the encoder's are. It predicts F = D * outputs values for
+    each patch.
     """
 
-    def __init__(self, config: EncoderConfig, depth: int):
+    def __init__(self, config: EncoderConfig, depth: int, *, outputs: int = 1):
         super().__init__()
+        self.width = config.dim * outputs
         own = dataclasses.replace(config, depth=depth, block="paper", position_grid=0)
         self.transformer = Transformer(own, first_layer=config.depth + 1)
-        self.head = nn.Sequential(nn.SiLU(), nn.LayerNorm(config.dim), init_linear(nn.Linear(config.dim, config.dim)))
+        self.head = nn.Sequential(nn.SiLU(), nn.LayerNorm(config.dim), init_linear(nn.Linear(config.dim, self.width)))
 
     def forward(
         self, features: Float[Tensor, "B N D"], grid: tuple[int, int], span: tuple[int, int] | None = None
-    ) -> Float[Tensor, "B N D"]:
+    ) -> Float[Tensor, "B N F"]:
         """Predicted target features of all N = h * w patches of a `grid` (h, w); hidden ones come as mask tokens."""
         return self.head(self.transformer(features, positions(grid, features, span)))
 

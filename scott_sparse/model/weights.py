@@ -108,7 +108,7 @@ def save_predictor(
     """Write the state of a predictor and how it was trained, beside its context encoder."""
     folder = Path(folder)
     write_atomically(folder / PREDICTOR, tensors_to_bytes(state))
-    trained = {"depth": objective.predictor_depth, "context": objective.context}
+    trained = {"depth": objective.predictor_depth, "target": objective.mim_target, "context": objective.context}
     write_json(folder / PREDICTOR_CONFIG, {**trained, "hide_ratio": hide_ratio, "mask_shape": mask_shape})
 
 
@@ -124,10 +124,10 @@ def load_predictor(folder: str | Path) -> tuple[MIMJEPA, float, str]:
             "the end of a run with MIM-JEPA (--mim-weight above 0); pretrain again."
         )
     encoder, entry = load_encoder(folder, weights="context"), read_json(folder / PREDICTOR_CONFIG)
-    kinds = {"depth": int, "context": str, "hide_ratio": float, "mask_shape": str}
+    kinds = {"depth": int, "target": str, "context": str, "hide_ratio": float, "mask_shape": str}
     if {name: type(value) for name, value in entry.items()} != kinds or not 1 <= entry["depth"] <= 256:
         raise ValueError(f"{folder / PREDICTOR_CONFIG} is damaged: expected {', '.join(kinds)}.")
-    objective = ObjectiveConfig(predictor_depth=entry["depth"], context=entry["context"])
+    objective = ObjectiveConfig(predictor_depth=entry["depth"], mim_target=entry["target"], context=entry["context"])
     with torch.device("meta"):
         model = MIMJEPA(encoder.config, objective)
     model.encoder = encoder

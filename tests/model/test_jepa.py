@@ -22,6 +22,7 @@ from scott_sparse.model.vit import Attention, dropout, positions
 from scott_sparse.training.optim import adamw
 
 MIM = ObjectiveConfig(predictor_depth=1)
+ALL_LAYERS = ObjectiveConfig(predictor_depth=1, mim_target="all")
 BOTH = ObjectiveConfig(predictor_depth=1, cross_crop_weight=1.0, projector=(16, 8))
 LEJEPA = dataclasses.replace(BOTH, cross_crop_loss="sigreg")
 
@@ -32,7 +33,9 @@ def losses(config=TINY, objective=BOTH, engine="auto", grid=(3, 4), batch=2, cro
     p = config.patch_size
     images = torch.randn(batch, crops, 3, grid[0] * p, grid[1] * p)
     visible = draw_visible(batch * crops, grid, hide_ratio=0.5).unflatten(0, (batch, crops))
-    targets = target_features(make_target(model.encoder), images[:, 0]) if objective.mim_weight else None
+    targets = None
+    if objective.mim_weight:
+        targets = target_features(make_target(model.encoder), images[:, 0], of=objective.mim_target)
     projections = draw_projections(objective.projector[1], 16, generator=torch.Generator().manual_seed(0))
     return model, model(images, visible, targets, projections)
 
@@ -41,7 +44,7 @@ def losses(config=TINY, objective=BOTH, engine="auto", grid=(3, 4), batch=2, cro
 @pytest.mark.parametrize("context", ["all", "visible"])
 @pytest.mark.parametrize("tokenizer", ["scott", "patch"])
 @pytest.mark.parametrize("ffn", ["swiglu", "mlp"])
-@pytest.mark.parametrize("objective", [MIM, BOTH], ids=["mim", "both"])
+@pytest.mark.parametrize("objective", [MIM, ALL_LAYERS, BOTH], ids=["mim", "all layers", "both"])
 def test_every_parameter_gets_a_gradient(engine, context, tokenizer, ffn, objective):
     config = dataclasses.replace(TINY, tokenizer=tokenizer, ffn=ffn)
     objective = dataclasses.replace(objective, context=context)
@@ -317,6 +320,29 @@ def test_target_follows_parameters_only():
     assert torch.allclose(features, F.layer_norm(features, (32,)), atol=1e-3)
 
 
+def test_targets_of_all_layers():
+    """Tokens without positions, then each block, all after a LayerNorm; the loss is the mean over them."""
+    torch.manual_seed(0)
+    model, images = MIMJEPA(TINY, ALL_LAYERS), torch.randn(2, 3, 48, 64)
+    target, visible = make_target(model.encoder), draw_visible(2, (3, 4), hide_ratio=0.5)
+    targets = target_features(target, images, of="all")
+    outputs, blocks = [target.tokenizer(images)], target.transformer.blocks
+    with contextlib.ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_hook(lambda *of: outputs.append(of[2][:, TINY.registers :])))
+        last = target_features(target, images)
+    expected = [F.layer_norm(output, (TINY.dim,)) for output in outputs]
+    assert len(expected) == TINY.depth + 1 and torch.allclose(targets, torch.cat(expected, dim=-1), atol=1e-5)
+    assert torch.allclose(targets[..., -TINY.dim :], last, atol=1e-5)
+    loss = model(images[:, None], visible[:, None], targets)["mim"]
+    predictions = model.predict_hidden(images, visible)
+    layers = zip(predictions.chunk(TINY.depth + 1, -1), targets.chunk(TINY.depth + 1, -1))
+    alone = [masked_smooth_l1(*layer, hidden=~visible) for layer in layers]
+    assert loss.item() == pytest.approx(torch.stack(alone).mean().item(), rel=1e-5)
+    with pytest.raises(ValueError, match=r"targets have width 32, expected 96: give target_features of 'all'"):
+        model(images[:, None], visible[:, None], last)
+
+
 def test_weight_decay_spares_vectors():
     model = MIMJEPA(TINY, BOTH)
     decayed, free = (group["params"] for group in adamw(model).param_groups)
@@ -352,6 +378,7 @@ def test_the_smallest_swiglu_has_hidden_units():
 SIGREG = {"cross_crop_weight": 1.0, "cross_crop_loss": "sigreg"}
 OBJECTIVE_MISTAKES = [
     ({"context": "some"}, "unknown context 'some'"),
+    ({"mim_target": "first"}, "unknown mim_target 'first'; expected 'last' or 'all'"),
     ({"mim_weight": 0.0}, "mim_weight 0 and cross_crop_weight 0 must be finite, 0 or more, not both 0"),
     ({"mim_weight": math.nan}, "mim_weight nan"),
     ({"cross_crop_weight": -1.0}, "cross_crop_weight -1"),

@@ -29,9 +29,9 @@ def test_round_trip(saved):
     assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS["target"]]
 
 
-@pytest.mark.parametrize("context", ["all", "visible"])
-def test_a_predictor_survives_the_disk(context, tmp_path):
-    objective = ObjectiveConfig(predictor_depth=2, context=context, cross_crop_weight=0.5)
+@pytest.mark.parametrize("target, context", [("last", "all"), ("last", "visible"), ("all", "visible")])
+def test_a_predictor_survives_the_disk(target, context, tmp_path):
+    objective = ObjectiveConfig(predictor_depth=2, mim_target=target, context=context, cross_crop_weight=0.5)
     model = MIMJEPA(TINY, objective).eval()
     save_encoder(model.encoder, tmp_path, weights="context")
     with pytest.raises(ValueError, match=r"no predictor in .*: expected predictor.safetensors .*; pretrain again"):
@@ -44,7 +44,7 @@ def test_a_predictor_survives_the_disk(context, tmp_path):
     assert torch.equal(again.predict_hidden(images, visible), model.predict_hidden(images, visible))
     assert not torch.equal(again.predict_hidden(images, visible, span=(1, 1)), model.predict_hidden(images, visible))
     (tmp_path / PREDICTOR_CONFIG).write_text(json.dumps({"depth": "2"}))
-    with pytest.raises(ValueError, match="damaged: expected depth, context, hide_ratio, mask_shape"):
+    with pytest.raises(ValueError, match="damaged: expected depth, target, context, hide_ratio, mask_shape"):
         load_predictor(tmp_path)
 
 

@@ -10,7 +10,10 @@ PATIENCE_REPORTS = 3  # without an improvement, until a run is called stalled
 COLLAPSED_SHARE = 1 / 4  # of the highest RankMe so far
 EQUAL_STD = 1e-3  # of unit-length features times the root of their width: an untrained encoder has .2 to .4
 SETTLED_REPORTS = 2  # after warm-up: features often get worse before they get better
-MIM_TURN, MIM_GAIN = 100_000, 300_000  # image passes until MIM-JEPA alone gets better, until it is above its start
+MIM_TURN, MIM_GAIN = (
+    100_000,
+    300_000,
+)  # image passes of the published recipe until it gets better, until it is above its start
 
 ADVICE = {  # by the first words of a verdict
     "starting": "Too early to tell: features often get worse before they get better. Wait for the next reports.",
@@ -122,6 +125,7 @@ def what_to_try(recipe: Recipe, images: int) -> str:
         other = "--plain-share 0 (the colours of all crops change) or --plain-share 0 --colour 0 (of none)"
         return f"; try {other if recipe.views.plain_crops else half}"
     passes, longer = round(recipe.epochs * images), f"--epochs {math.ceil(MIM_GAIN / images)}"
-    if passes < MIM_TURN:
-        return f"; MIM-JEPA alone turns at about {MIM_TURN:,} image passes, this run has {passes:,}: try {longer}"
+    if passes < MIM_TURN and recipe.ema_momentum:
+        turn = f"MIM-JEPA alone with a target that follows slowly turns at about {MIM_TURN:,} image passes"
+        return f"; {turn}, this run has {passes:,}: try the recipe mim-jepa, or {longer}"
     return "; try eval/attentive.py, as MIM-JEPA alone learns in the tokens, or --cross-crop-weight 0.5 --crops 8"

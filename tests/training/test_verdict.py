@@ -105,9 +105,10 @@ def test_standard_error():
         ("demo", "--plain-share 0.5 --colour 1 --crops 8 "),
         (
             "flowers102 --epochs 10 --warmup-epochs 1",
-            "turns at about 100,000 image passes, this run has 29,360: try --epochs 103",
+            "about 100,000 image passes, this run has 29,360: try the recipe mim-jepa, or --epochs 103",
         ),
         ("flowers102", "eval/attentive.py"),
+        ("mim-jepa --epochs 10", "eval/attentive.py"),
     ],
 )
 def test_what_to_try_names_flags_that_work(flags, expected):

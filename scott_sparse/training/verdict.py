@@ -10,10 +10,7 @@ PATIENCE_REPORTS = 3  # without an improvement, until a run is called stalled
 COLLAPSED_SHARE = 1 / 4  # of the highest RankMe so far
 EQUAL_STD = 1e-3  # of unit-length features times the root of their width: an untrained encoder has .2 to .4
 SETTLED_REPORTS = 2  # after warm-up: features often get worse before they get better
-MIM_TURN, MIM_GAIN = (
-    100_000,
-    300_000,
-)  # image passes of the published recipe until it gets better, until it is above its start
+MIM_TURN, MIM_GAIN = 100_000, 300_000  # image passes until the published recipe turns, until it is above its start
 
 ADVICE = {  # by the first words of a verdict
     "starting": "Too early to tell: features often get worse before they get better. Wait for the next reports.",

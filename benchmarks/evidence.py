@@ -271,7 +271,7 @@ def spread(rows: list[dict], measure: str) -> str:
 def draw_curves(rows: list[dict]) -> None:
     """Test accuracy by images seen of the cells that were probed at several points: a row a set, a column a probe.
 
-    Horizontal lines: the untrained encoder, and the recipe small-data at its end.
+    Also the recipe mim-jepa at its end, and as horizontal lines the untrained encoder and small-data at its end.
     """
     several = {(row["set"], row["cell"], row["seed"], row["images"]) for row in rows if row["at"] < row["images"]}
     sets = [on for on in SETS if any(on == key[0] for key in several)]
@@ -285,11 +285,14 @@ def draw_curves(rows: list[dict]) -> None:
             of_key = [row for row in rows if (row["set"], row["cell"], row["seed"], row["images"]) == key]
             curve = sorted((row["at"] / 1000, row[f"{probe}_test"]) for row in of_key)
             axes.plot(*zip(*curve), "o-", markersize=3, label=f"{key[1]}, seed {key[2]}")
-        for cell, style in (("untrained", "--"), ("small-data", ":")):
-            ends = [row for row in rows if (row["set"], row["cell"], row["seed"]) == (on, cell, 0)]
-            for row in ends:
+        for row in (row for row in rows if row["set"] == on and row["seed"] == 0):
+            top1, cell = row[f"{probe}_test"], row["cell"]
+            if cell == "mim-jepa":
+                axes.plot(row["at"] / 1000, top1, "s", color="tab:orange", label=cell)
+            elif cell in ("untrained", "small-data"):
                 label = cell if cell == "untrained" else f"{cell}, {row['images']:,} images"
-                axes.axhline(row[f"{probe}_test"], color="grey", linestyle=style, linewidth=1, label=label)
+                style = "--" if cell == "untrained" else ":"
+                axes.axhline(top1, color="grey", linestyle=style, linewidth=1, label=label)
         axes.set_title(f"{on}, {probe}", fontsize=9)
         axes.grid(alpha=0.3)
     for axes in panels[-1]:

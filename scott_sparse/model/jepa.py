@@ -1,10 +1,10 @@
 """MIM-JEPA: predict the features that an EMA target encoder gives to the hidden patches, in latent space.
 
 The published objective (arXiv 2502.18056, section 3.2) is `losses.masked_smooth_l1` alone, with mask tokens in the
-context encoder. Two options are not in the paper and off by default. The cross-crop term (`losses.nt_xent`, or
+context encoder. Three options are not in the paper and off by default. The cross-crop term (`losses.nt_xent`, or
 `losses.invariance` with `losses.sigreg`) compares crops of one image by their pooled visible tokens. With
 `context="visible"` tokenizer and Transformer process the visible patches only, and mask tokens enter the predictor
-alone.
+alone. With `mim_target="all"` the features of tokenizer and all blocks are predicted, not the last block's alone.
 """
 
 import copy

@@ -123,7 +123,8 @@ def load_predictor(folder: str | Path) -> tuple[MIMJEPA, float, str]:
             f"no predictor in {folder}: expected {PREDICTOR} and {PREDICTOR_CONFIG}, which train/pretrain.py writes at "
             "the end of a run with MIM-JEPA (--mim-weight above 0); pretrain again."
         )
-    encoder, entry = load_encoder(folder, weights="context"), read_json(folder / PREDICTOR_CONFIG)
+    encoder = load_encoder(folder, weights="context")
+    entry = {"target": "last", **read_json(folder / PREDICTOR_CONFIG)}  # earlier versions wrote no target
     kinds = {"depth": int, "target": str, "context": str, "hide_ratio": float, "mask_shape": str}
     if {name: type(value) for name, value in entry.items()} != kinds or not 1 <= entry["depth"] <= 256:
         raise ValueError(f"{folder / PREDICTOR_CONFIG} is damaged: expected {', '.join(kinds)}.")

@@ -43,6 +43,11 @@ def test_a_predictor_survives_the_disk(target, context, tmp_path):
     assert loaded == [0.5, "uniform"] and not again.training
     assert torch.equal(again.predict_hidden(images, visible), model.predict_hidden(images, visible))
     assert not torch.equal(again.predict_hidden(images, visible, span=(1, 1)), model.predict_hidden(images, visible))
+    written = json.loads((tmp_path / PREDICTOR_CONFIG).read_text())
+    assert written.pop("target") == target
+    if target == "last":
+        (tmp_path / PREDICTOR_CONFIG).write_text(json.dumps(written))
+        load_predictor(tmp_path)
     (tmp_path / PREDICTOR_CONFIG).write_text(json.dumps({"depth": "2"}))
     with pytest.raises(ValueError, match="damaged: expected depth, target, context, hide_ratio, mask_shape"):
         load_predictor(tmp_path)

@@ -204,7 +204,7 @@ METHODS: dict[str, Callable[[int], ImageEncoder | Method]] = {
     "supervised-resnet18-small-stem": lambda classes: Supervised(ResNet18(small_stem=True), classes),
     "simclr-resnet18-small-stem-plain": lambda _: SimCLR(ResNet18(small_stem=True), **PLAIN, gaussian_blur=0.0),
 }
-SCRIPTS = ("supervised-scott", "small-data")  # eval/finetune.py --from-scratch, and the recipe of train/pretrain.py
+SCRIPTS = ("supervised-scott", "small-data", "mim-jepa")  # eval/finetune.py --from-scratch; recipes by name
 NAMES = (*METHODS, *SCRIPTS)
 
 
@@ -264,7 +264,7 @@ def run(settings: Settings, source: str, data: Data, name: str, seed: int) -> No
             images = data.train if isinstance(encoder, Supervised) else data.pretrain
             encoder, about = encoder.encoder, train(encoder, images, settings.seconds, seed)
     else:
-        encoder, about = train_by_script(settings, source, seed, supervised=name == "supervised-scott")
+        encoder, about = train_by_script(settings, source, seed, name)
     row = {**key, **probe(encoder, data), **about, "precision": "bf16", "commit": commit()}
     row["versions"] = {package: version(package) for package in ("torch", "timm", "lightly")}
     row["command"] = f"benchmarks/peers.py {key['data']} --only {name} --seeds {seed} --seconds {settings.seconds:g}"
@@ -295,7 +295,7 @@ def train(method: Method, images: Images, seconds: float, seed: int) -> dict:
     return {**about, "batch_size": batch, "lr": method.rate, "last_loss": round(loss.item(), 4)}
 
 
-def train_by_script(settings: Settings, source: str, seed: int, *, supervised: bool) -> tuple[ImageEncoder, dict]:
+def train_by_script(settings: Settings, source: str, seed: int, name: str) -> tuple[ImageEncoder, dict]:
     """The same of a script of ours, for as many epochs as use up the CPU time; short runs tell how many."""
 
     def cpu_seconds(script: str, *flags: object) -> float:
@@ -310,12 +310,13 @@ def train_by_script(settings: Settings, source: str, seed: int, *, supervised: b
 
     def pretrain(epochs: float) -> float:
         flags = ["--image-size", SIZE, "--report-every", 0, "--epochs", epochs, "--out", out, "--overwrite"]
-        return cpu_seconds("train/pretrain.py", "small-data", *flags)
+        return cpu_seconds("train/pretrain.py", "small-data" if supervised else name, *flags)
 
     def classify(epochs: float) -> float:
         shutil.rmtree(out / "eval", ignore_errors=True)
         return cpu_seconds("eval/finetune.py", out, "--from-scratch", "--epochs", epochs)
 
+    supervised = name == "supervised-scott"
     with tempfile.TemporaryDirectory() as folder:
         out, short = Path(folder, "run"), 0.5
         start_up, train = pretrain(0.001), pretrain

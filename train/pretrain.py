@@ -76,7 +76,7 @@ def train(run: Run, target: Encoder, first_steps: FirstSteps) -> dict:
     statistics = target.preprocess.statistics
     if recipe.compile:
         run.model.compile()
-        target.compile()
+    targets_of = torch.compile(target_features) if recipe.compile else target_features
     model, optimizer = accelerator.prepare(run.model, optimizer)
     trained = accelerator.unwrap_model(model, keep_torch_compile=False)
     log = Log(run)
@@ -115,7 +115,7 @@ def train(run: Run, target: Encoder, first_steps: FirstSteps) -> dict:
                 targets = None
                 if recipe.objective.mim_weight:
                     with accelerator.autocast():
-                        targets = target_features(target, target_images, of=recipe.objective.mim_target)
+                        targets = targets_of(target, target_images, of=recipe.objective.mim_target)
 
                 # 2. Predict: the context encoder sees the visible patches, the predictor predicts the hidden ones.
                 last = number == recipe.accumulate - 1
@@ -157,7 +157,7 @@ def compare(run: Run, initial: Encoder, target: Encoder, training: dict) -> None
     features = extract(FrozenEncoder(target), bank_of(data), size=recipe.sides)
     if features is None:  # not the main process
         return
-    encoders = {recipe.start_name: initial, "pretrained": make_target(target)}  # a copy, which is not compiled
+    encoders = {recipe.start_name: initial, "pretrained": target}
     with report_failures(run):
         draw_learned(run.out, recipe, data, encoders, features)
     if run.val and data.classes:

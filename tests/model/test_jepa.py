@@ -439,7 +439,7 @@ def test_attention_is_that_of_the_textbook():
 BREAKS = """
 import torch
 from scott_sparse import MIMJEPA, EncoderConfig, ObjectiveConfig, draw_visible
-from scott_sparse.model.jepa import make_target
+from scott_sparse.model.jepa import make_target, target_features
 for context, tokenizer in (("all", "scott"), ("visible", "scott"), ("visible", "patch")):
     config = EncoderConfig(dim=32, depth=2, heads=4, patch_size=16, stem_width=8, registers=2, tokenizer=tokenizer)
     model = MIMJEPA(config, ObjectiveConfig(1.0, 1, context, cross_crop_weight=1.0, projector=(16, 8)))
@@ -451,7 +451,9 @@ for context, tokenizer in (("all", "scott"), ("visible", "scott"), ("visible", "
         places = ("Tokenizer._pack", "common_count")
         assert found.break_reasons, found
         assert all(any(place in each.reason for place in places) for each in found.break_reasons), found
-        assert torch._dynamo.explain(make_target(model.encoder))(images[:, 0]).graph_break_count == 0
+        for of in ("last", "all"):
+            found = torch._dynamo.explain(target_features)(make_target(model.encoder), images[:, 0], of=of)
+            assert found.graph_count == 1 and found.graph_break_count == 0, found.break_reasons
 """
 
 ONE_GRAPH = """

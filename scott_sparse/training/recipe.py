@@ -335,7 +335,7 @@ SMALL_DATA_128 = dataclasses.replace(SMALL_DATA_224, image_size=128, size="tiny"
 RECIPES = {
     "demo": ("MIM-JEPA and NT-Xent of six crops on petals at 48 px: five minutes on two CPU cores", DEMO),
     "small-data": ("MIM-JEPA and NT-Xent of eight crops at 64 px; what --data FOLDER runs on a CPU", SMALL_DATA),
-    "mim-jepa": ("MIM-JEPA alone at 64 px, in minutes: for images that geometry alone tells apart", MIM_JEPA),
+    "mim-jepa": ("MIM-JEPA alone at 64 px, in minutes: for images told apart by geometry or outline", MIM_JEPA),
     "small-data-128": ("small-data at 128 px with a ViT-Ti/16 in bf16, 100 epochs: for a GPU", SMALL_DATA_128),
     "small-data-224": ("small-data at 224 px with a ViT-S/16 in bf16, 100 epochs: for a GPU", SMALL_DATA_224),
     "flowers102": ("the paper's recipe as published, and its data set: 224 px, 300 epochs", FLOWERS102),

@@ -158,6 +158,7 @@ def test_a_run_that_ends_below_its_start_says_so(tmp_path, pretrained, monkeypat
     out, printed, code = pretrained(tmp_path / "photos", "--epochs", 3)
     words = json.loads((out / "summary.json").read_text())["verdict"]
     remedy = "; try --plain-share 0.5 --colour 1 --crops 8 (the colours of half of the crops change)"
+    remedy += ", or the recipe mim-jepa (no crops are compared)"
     assert code is None and words == f"worse than untrained{remedy}"
     assert printed.count("starting") == 2 and "learning" not in printed
     assert reports(out)[-1]["verdict"] == f"worse than untrained so far{remedy}"

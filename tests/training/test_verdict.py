@@ -100,7 +100,7 @@ def test_standard_error():
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        ("small-data", "--plain-share 0 (the colours of all crops change) or --plain-share 0 --colour 0 (of none)"),
+        ("small-data", "--plain-share 0 (the colours of all crops change) or --plain-share 0 --colour 0 (of none), or"),
         ("small-data --plain-share 0", "--plain-share 0.5 --colour 1 --crops 8 "),
         ("demo", "--plain-share 0.5 --colour 1 --crops 8 "),
         (

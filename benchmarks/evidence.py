@@ -176,8 +176,9 @@ def train_and_probe(cell: Cell, out: Path, data: list[str], source: list[str]) -
         summary = out / "summary.json"
     init = {"pixels": ["--init", "pixels"], "untrained": ["--init", "random"]}.get(cell.name, [])
     about = json.loads(summary.read_text())
-    runs = [start_of(out) / "summary.json", summary] if cell.name in STARTS else [summary]
-    seconds = sum(json.loads(run.read_text())["cpu_seconds"] for run in runs)
+    seconds = about["cpu_seconds"]
+    if cell.name in STARTS:
+        seconds += json.loads((start_of(out) / "summary.json").read_text())["cpu_seconds"]
     rows = []
     for point, steps in points(out, cell):
         row = {**cell.key, "at": cell.key["images"] if steps is None else round(cell.images * steps / about["steps"])}

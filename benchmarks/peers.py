@@ -297,6 +297,7 @@ def train(method: Method, images: Images, seconds: float, seed: int) -> dict:
 
 def train_by_script(settings: Settings, source: str, seed: int, name: str) -> tuple[ImageEncoder, dict]:
     """The same of a script of ours, for as many epochs as use up the CPU time; short runs tell how many."""
+    supervised = name == "supervised-scott"
 
     def cpu_seconds(script: str, *flags: object) -> float:
         command = [sys.executable, ROOT / script, *flags, "--data", source, "--cache-dir", settings.cache_dir]
@@ -316,7 +317,6 @@ def train_by_script(settings: Settings, source: str, seed: int, name: str) -> tu
         shutil.rmtree(out / "eval", ignore_errors=True)
         return cpu_seconds("eval/finetune.py", out, "--from-scratch", "--epochs", epochs)
 
-    supervised = name == "supervised-scott"
     with tempfile.TemporaryDirectory() as folder:
         out, short = Path(folder, "run"), 0.5
         start_up, train = pretrain(0.001), pretrain
@@ -327,7 +327,7 @@ def train_by_script(settings: Settings, source: str, seed: int, name: str) -> tu
         epochs = round(short * settings.seconds / used, 3)
         about = {"epochs": epochs, "cpu_seconds": round(train(epochs) - start_up, 1)}
         (trained,) = out.glob("eval/finetune/*") if supervised else [out]
-        summary, recipe = (json.loads((trained / f"{name}.json").read_text()) for name in ("summary", "recipe"))
+        summary, recipe = (json.loads((trained / f"{part}.json").read_text()) for part in ("summary", "recipe"))
         about |= {"images_seen": summary["steps"] * recipe["batch_size"], "steps": summary["steps"]}
         return FrozenEncoder(load_encoder(trained)), about
 

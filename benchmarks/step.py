@@ -112,7 +112,7 @@ class Step:
                     module.forward = types.MethodType(attention_by_einsum, module)
         if form.endswith("compile"):
             self.model.compile()
-            self.target.compile()
+        self.targets_of = torch.compile(target_features) if form.endswith("compile") else target_features
         pixels = torch.randint(0, 256, (2 * recipe.batch_size, 256, 256, 3), dtype=torch.uint8)
         of = (recipe.grid, recipe.hide_ratio, recipe.mask_shape, recipe.batch_size, recipe.seed)
         self.batches = Batches(Images.of(pixels), recipe.views, *of)
@@ -136,7 +136,7 @@ class Step:
         set_schedules(self.optimizer, self.schedules, self.number % 100)
         projections = projections_at(self.recipe, self.number, self.device)
         with torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext():
-            targets = target_features(self.target, target_images, of=self.recipe.objective.mim_target)
+            targets = self.targets_of(self.target, target_images, of=self.recipe.objective.mim_target)
             mark("target")
             loss = self.model(context, visible, targets, projections)["loss"]
         mark("loss")

@@ -63,6 +63,7 @@ RECIPES = {  # name of a cell: a recipe of train/pretrain.py, and flags
 }
 STARTS = {"mim-jepa, then small-data": ("mim-jepa", 2.5)}  # the recipe of the run it starts from, its images per image
 CELLS = (*BASELINES, *RECIPES)
+CURVES = {"published objective": "tab:blue", "mim-jepa": "tab:orange", "small-data": "tab:green"}  # drawn in the figure
 PROBES = {"knn": (), "linear": (), "attentive": ("--epochs", "30")}
 
 
@@ -295,37 +296,36 @@ def spread(rows: list[dict], measure: str) -> str:
 
 
 def draw_curves(rows: list[dict]) -> None:
-    """Test accuracy by images seen of the cells that were probed at several points: a row a set, a column a probe.
+    """Test accuracy by CPU minutes, on sets where a run was probed at several points: a row a set, a column a probe.
 
-    Also the recipe mim-jepa at its end, and as horizontal lines the untrained encoder and small-data at its end.
+    A line is a run of `CURVES`, solid where it is of seed 0, a single marker where it was probed at its end alone; the
+    untrained encoder is a horizontal line. Minutes of a point are the run's, by its share of the images.
     """
-    several = {(row["set"], row["cell"], row["seed"], row["images"]) for row in rows if row["at"] < row["images"]}
-    sets = [on for on in SETS if any(on == key[0] for key in several)]
+    sets = [on for on in SETS if any(row["set"] == on and row["at"] < row["images"] for row in rows)]
     if not sets:
         return
     figure = Figure(figsize=(9, 2.6 * len(sets)), layout="constrained")
-    panels = figure.subplots(len(sets), len(PROBES), sharex=True, sharey="row", squeeze=False)
+    panels = figure.subplots(len(sets), len(PROBES), sharex="row", sharey="row", squeeze=False)
     for (row_number, on), (column, probe) in itertools.product(enumerate(sets), enumerate(PROBES)):
         axes = panels[row_number, column]
-        for key in sorted(key for key in several if key[0] == on):
-            of_key = [row for row in rows if (row["set"], row["cell"], row["seed"], row["images"]) == key]
-            curve = sorted((row["at"] / 1000, row[f"{probe}_test"]) for row in of_key)
-            axes.plot(*zip(*curve), "o-", markersize=3, label=f"{key[1]}, seed {key[2]}")
-        for row in (row for row in rows if row["set"] == on and row["seed"] == 0):
-            top1, cell = row[f"{probe}_test"], row["cell"]
-            if cell == "mim-jepa":
-                axes.plot(row["at"] / 1000, top1, "s", color="tab:orange", label=cell)
-            elif cell in ("untrained", "small-data"):
-                label = cell if cell == "untrained" else f"{cell}, {row['images']:,} images"
-                style = "--" if cell == "untrained" else ":"
-                axes.axhline(top1, color="grey", linestyle=style, linewidth=1, label=label)
+        for row in rows:
+            if (row["set"], row["cell"], row["seed"]) == (on, "untrained", 0):
+                axes.axhline(row[f"{probe}_test"], color="grey", linestyle="--", linewidth=1, label="untrained")
+        runs = {(row["cell"], row["seed"], row["images"]) for row in rows if row["set"] == on and row["cell"] in CURVES}
+        for cell, seed, images in sorted(runs):
+            of_run = [r for r in rows if (r["set"], r["cell"], r["seed"], r["images"]) == (on, cell, seed, images)]
+            points = sorted((r["cpu_seconds"] / 60 * r["at"] / images, r[f"{probe}_test"]) for r in of_run)
+            axes.plot(*zip(*points), "o:" if seed else "o-", markersize=3, color=CURVES[cell], label=cell)
+        axes.set_xlim(left=0)
         axes.set_title(f"{on}, {probe}", fontsize=9)
         axes.grid(alpha=0.3)
     for axes in panels[-1]:
-        axes.set_xlabel("thousand images seen")
+        axes.set_xlabel("CPU minutes, one thread")
     for axes in panels[:, 0]:
         axes.set_ylabel("test top-1, %")
-    panels[0, 0].legend(fontsize=6)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    by_label = dict(zip(labels, handles, strict=True))
+    panels[0, 0].legend(by_label.values(), by_label.keys(), fontsize=6)
     FIGURES.mkdir(exist_ok=True)
     figure.savefig(FIGURES / "curves.png", dpi=110)
 

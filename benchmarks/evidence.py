@@ -56,6 +56,7 @@ RECIPES = {  # name of a cell: a recipe of train/pretrain.py, and flags
     "without MIM-JEPA": ("small-data", "--mim-weight", "0"),
     "SIGReg for NT-Xent": ("small-data", "--cross-crop-loss", "sigreg", "--cross-crop-weight", "1"),
     "patch embedding": ("small-data", "--tokenizer", "patch"),
+    "colour-invariant": ("colour-invariant",),
     "mim-jepa": ("mim-jepa",),
     "mim-jepa, last block": ("mim-jepa", "--mim-target", "last"),
     "mim-jepa, then small-data": ("small-data", "--lr", "1.5e-3"),
@@ -63,7 +64,12 @@ RECIPES = {  # name of a cell: a recipe of train/pretrain.py, and flags
 }
 STARTS = {"mim-jepa, then small-data": ("mim-jepa", 2.5)}  # the recipe of the run it starts from, its images per image
 CELLS = (*BASELINES, *RECIPES)
-CURVES = {"published objective": "tab:blue", "mim-jepa": "tab:orange", "small-data": "tab:green"}  # drawn in the figure
+CURVES = {
+    "published objective": "tab:blue",
+    "mim-jepa": "tab:orange",
+    "small-data": "tab:green",
+    "colour-invariant": "tab:red",
+}
 PROBES = {"knn": (), "linear": (), "attentive": ("--epochs", "30")}
 
 

@@ -119,7 +119,7 @@ def what_to_try(recipe: Recipe, images: int) -> str:
     """
     if recipe.objective.cross_crop_weight:
         half = "--plain-share 0.5 --colour 1 --crops 8 (the colours of half of the crops change)"
-        other = "--plain-share 0 (the colours of all crops change) or --plain-share 0 --colour 0 (of none)"
+        other = "the recipe colour-invariant (the colours of all crops change), --plain-share 0 --colour 0 (of none)"
         return f"; try {other if recipe.views.plain_crops else half}, or the recipe mim-jepa (no crops are compared)"
     passes, longer = round(recipe.epochs * images), f"--epochs {math.ceil(MIM_GAIN / images)}"
     if passes < MIM_TURN and recipe.ema_momentum:

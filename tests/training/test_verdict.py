@@ -100,9 +100,9 @@ def test_standard_error():
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        ("small-data", "--plain-share 0 (the colours of all crops change) or --plain-share 0 --colour 0 (of none), or"),
+        ("small-data", "colour-invariant (the colours of all crops change), --plain-share 0 --colour 0 (of none), or"),
         ("small-data --plain-share 0", "--plain-share 0.5 --colour 1 --crops 8 "),
-        ("demo", "--plain-share 0.5 --colour 1 --crops 8 "),
+        ("colour-invariant", "--plain-share 0.5 --colour 1 --crops 8 "),
         (
             "flowers102 --epochs 10 --warmup-epochs 1",
             "about 100,000 image passes, this run has 29,360: try the recipe mim-jepa, or --epochs 103",

@@ -59,10 +59,8 @@ RECIPES = {  # name of a cell: a recipe of train/pretrain.py, and flags
     "colour-invariant": ("colour-invariant",),
     "mim-jepa": ("mim-jepa",),
     "mim-jepa, last block": ("mim-jepa", "--mim-target", "last"),
-    "mim-jepa, then small-data": ("small-data", "--lr", "1.5e-3"),
     "published objective": ("flowers102", *PUBLISHED),
 }
-STARTS = {"mim-jepa, then small-data": ("mim-jepa", 2.5)}  # the recipe of the run it starts from, its images per image
 CELLS = (*BASELINES, *RECIPES)
 CURVES = {
     "published objective": "tab:blue",
@@ -158,7 +156,6 @@ def run_cell(bench: Bench, cell: Cell) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
     print(*map(json.dumps, rows), sep="\n", flush=True)
     shutil.rmtree(out)
-    shutil.rmtree(start_of(out), ignore_errors=True)
 
 
 def train_and_probe(cell: Cell, out: Path, data: list[str], source: list[str]) -> list[dict]:
@@ -170,7 +167,6 @@ def train_and_probe(cell: Cell, out: Path, data: list[str], source: list[str]) -
     if not summary.exists() and (supervised or not cell.is_trained):  # needs a run folder for size, model and seed only
         script("train/pretrain.py", *flags, "--epochs", 0.001, "--batch-size", 8, "--report-every", 0)
     elif not summary.exists():
-        flags += start_flags(cell, out, data, source)
         epochs, steps = length(cell, source)
         kept = max(steps // cell.points, 1)
         keep = ["--save-every", kept, "--keep-every", kept] if cell.points > 1 else []
@@ -183,9 +179,6 @@ def train_and_probe(cell: Cell, out: Path, data: list[str], source: list[str]) -
         summary = out / "summary.json"
     init = {"pixels": ["--init", "pixels"], "untrained": ["--init", "random"]}.get(cell.name, [])
     about = json.loads(summary.read_text())
-    seconds = about["cpu_seconds"]
-    if cell.name in STARTS:
-        seconds += json.loads((start_of(out) / "summary.json").read_text())["cpu_seconds"]
     rows = []
     for point, steps in points(out, cell):
         row = {**cell.key, "at": cell.key["images"] if steps is None else round(cell.images * steps / about["steps"])}
@@ -194,27 +187,9 @@ def train_and_probe(cell: Cell, out: Path, data: list[str], source: list[str]) -
             result = json.loads(max(Path(point, "eval").glob(f"{probe}-*.json"), key=os.path.getmtime).read_text())
             row |= {f"{probe}_{role}": result[role]["top1"] for role in ("val", "test")}
             row |= {f"{probe}_choice": result["choice"], "commit": result["commit"]}
-        row |= {"cpu_seconds": seconds, "steps": about["steps"]} if cell.is_trained else {}
+        row |= {"cpu_seconds": about["cpu_seconds"], "steps": about["steps"]} if cell.is_trained else {}
         rows.append({**row, "precision": precision(), "flags": recipe, "torch": torch.__version__})
     return rows
-
-
-def start_of(out: Path) -> Path:
-    """Folder of the run that the run in `out` starts from."""
-    return out.with_name(f"{out.name}-start")
-
-
-def start_flags(cell: Cell, out: Path, data: list[str], source: list[str]) -> list:
-    """--init and the run that a cell of `STARTS` starts from, which is trained if it is not there."""
-    if cell.name not in STARTS:
-        return []
-    recipe, times = STARTS[cell.name]
-    start = start_of(out)
-    if not (start / "summary.json").exists():
-        epochs, _ = length(dataclasses.replace(cell, images=round(times * cell.images)), source)
-        settings = ["--seed", cell.seed, "--epochs", epochs, "--report-every", 0]
-        script("train/pretrain.py", recipe, *data, *settings, "--out", start)
-    return ["--init", start]
 
 
 def length(cell: Cell, source: list[str], role: str = "pretrain") -> tuple[float, int]:

@@ -204,7 +204,7 @@ METHODS: dict[str, Callable[[int], ImageEncoder | Method]] = {
     "supervised-resnet18-small-stem": lambda classes: Supervised(ResNet18(small_stem=True), classes),
     "simclr-resnet18-small-stem-plain": lambda _: SimCLR(ResNet18(small_stem=True), **PLAIN, gaussian_blur=0.0),
 }
-SCRIPTS = ("supervised-scott", "small-data", "colour-invariant", "mim-jepa")  # eval/finetune.py --from-scratch; recipes by name
+SCRIPTS = ("supervised-scott", "small-data", "colour-invariant", "mim-jepa")  # eval/finetune.py; recipes by name
 NAMES = (*METHODS, *SCRIPTS)
 
 

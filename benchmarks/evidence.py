@@ -304,9 +304,8 @@ def draw_curves(rows: list[dict]) -> None:
         axes.set_xlabel("CPU minutes, one thread")
     for axes in panels[:, 0]:
         axes.set_ylabel("test top-1, %")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    by_label = dict(zip(labels, handles, strict=True))
-    panels[0, 0].legend(by_label.values(), by_label.keys(), fontsize=6)
+    by_label = {line.get_label(): line for axes in panels[:, 0] for line in axes.lines}
+    figure.legend(by_label.values(), by_label.keys(), loc="outside upper center", ncols=len(by_label), fontsize=8)
     FIGURES.mkdir(exist_ok=True)
     figure.savefig(FIGURES / "curves.png", dpi=110)
 

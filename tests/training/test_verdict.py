@@ -103,6 +103,7 @@ def test_standard_error():
         ("small-data", "colour-invariant (the colours of all crops change), --plain-share 0 --colour 0 (of none), or"),
         ("small-data --plain-share 0", "--plain-share 0.5 --colour 1 --crops 8 "),
         ("colour-invariant", "--plain-share 0.5 --colour 1 --crops 8 "),
+        ("demo", "--plain-share 0.5 --colour 1 --crops 8 "),
         (
             "flowers102 --epochs 10 --warmup-epochs 1",
             "about 100,000 image passes, this run has 29,360: try the recipe mim-jepa, or --epochs 103",
@@ -115,6 +116,7 @@ def test_what_to_try_names_flags_that_work(flags, expected):
     name, recipe = recipes.parse([*flags.split(), "--data", "PHOTOS"])
     advice = what_to_try(recipe, 2936)
     assert expected in advice
+    assert set(re.findall(r"the recipe ([\w-]+)", advice)) <= set(recipes.RECIPES)
     for option in re.findall(r"((?:--[a-z-]+ [\d.]+ ?)+)", advice):
         _, changed = recipes.parse([*flags.split(), "--data", "PHOTOS", *shlex.split(option)])
         assert changed != recipe and name

@@ -49,7 +49,7 @@ from scott_sparse.training.run import projections_at
 
 CASES = {
     "demo 48, 64": ("cpu", ["demo", "--batch-size", "64"]),
-    "small-data 64, 64": ("cpu", ["small-data", "--batch-size", "64"]),
+    "small-data 64, 64": ("cpu", ["small-data", "--colour", "1", "--batch-size", "64"]),
     "paper 224, 16": ("cpu", ["flowers102", "--batch-size", "16"]),
     "paper 224, 16, context visible": ("cpu", ["flowers102", "--batch-size", "16", "--context", "visible"]),
     "demo 48, 1024": ("cuda", ["demo", "--batch-size", "1024"]),

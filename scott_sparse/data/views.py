@@ -14,8 +14,8 @@ Source: arXiv 2502.18056 for the recipe; torchvision's v2 transforms for the mea
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +48,11 @@ class ViewConfig:
     """Smallest and largest width / height of a crop before it is resized; drawn log-uniformly."""
     flip: float = 0.5
     """Probability, 0 to 1, that a crop is mirrored left to right."""
-    colour: float = 0.6
+    colour: float | Literal["auto"] = 0.6
     """Probability, 0 to 1, that the colours of a view are changed at all.
-    If so, jitter, greyscale and blur are each applied with their own probability, in random order."""
+    If so, jitter, greyscale and blur are each applied with their own probability, in random order. auto: 1, and where
+    the colours of the images do not go with their shapes, no crop keeps its colours and the jitter is stronger, as in
+    the recipe colour-invariant."""
     plain_share: float = 0.0
     """Share of the crops, 0 to 1, that keep their colours whatever --colour is.
     Cross-crop terms compare these crops with each other only, through a projector of their own (arXiv 2008.05659)."""
@@ -75,7 +77,7 @@ class ViewConfig:
             if not 0 < low <= high <= upper:
                 raise ValueError(f"{name} is {(low, high)}; expected 0 < low <= high <= {upper}.")
         for name in ("flip", "colour", "plain_share", "jitter_p", "grey", "blur"):
-            if not 0 <= getattr(self, name) <= 1:
+            if getattr(self, name) != "auto" and not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a value between 0 and 1.")
         for name, strength, upper in zip(OPS[:4], self.jitter, (1, 1, 1, 0.5), strict=True):
             if not 0 <= strength <= upper:
@@ -85,6 +87,13 @@ class ViewConfig:
     def plain_crops(self) -> int:
         """How many of the crops keep their colours: the last ones, so that the crop that MIM-JEPA predicts does not."""
         return int(self.plain_share * self.crops)
+
+    def decided(self, *, ignore_colours: bool) -> "ViewConfig":
+        """With a number for `colour` auto; `ignore_colours`: the colours of all crops change, strongly."""
+        return replace(self, colour=1.0, **(IGNORE_COLOURS if ignore_colours else {}))
+
+
+IGNORE_COLOURS: dict[str, Any] = {"plain_share": 0.0, "jitter": (0.6, 0.6, 0.6, 0.5), "jitter_p": 1.0, "grey": 0.3}
 
 
 @dataclass(frozen=True)
@@ -109,8 +118,10 @@ class Views:
 def draw_views(sizes: Int[Tensor, "B 2"], config: ViewConfig, *, generator: torch.Generator) -> Views:
     """Draw the views of the global batch; `sizes` are (height, width) of each image in pixels, on the CPU.
 
-    Raises ValueError if an image has no pixels.
+    Raises ValueError if an image has no pixels, and for `colour` auto, which `choose_colours` decides.
     """
+    if config.colour == "auto":
+        raise ValueError("colour is auto; decide it by scott_sparse.data.colour.choose_colours first.")
     empty = (sizes < 1).any(1)
     if empty.any():
         raise ValueError(f"image {empty.int().argmax().item()} of the batch has no pixels; leave it out.")
@@ -154,6 +165,7 @@ def _draw_colours(
 
     chance = torch.tensor([config.jitter_p, config.grey, config.blur])
     group_on = torch.rand((*shape, 3), generator=generator) < chance
+    assert config.colour != "auto"
     group_on &= torch.rand((*shape, 1), generator=generator) < config.colour
     group_rank = torch.rand((*shape, 3), generator=generator).argsort(-1)
     jitter_rank = torch.rand((*shape, 4), generator=generator).argsort(-1)

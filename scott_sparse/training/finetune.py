@@ -141,6 +141,7 @@ class Task:
         known = {field.name for field in dataclasses.fields(ViewConfig)}
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
         views = ViewConfig(**fields)
+        assert views.colour != "auto"  # which a run decides before it writes its recipe
         colour = views.colour * (1 - views.plain_share) if config.colour is None else config.colour
         scale = config.crop_scale or views.crop_scale
         return dataclasses.replace(views, crops=1, plain_share=0.0, colour=colour, crop_scale=scale)

@@ -283,7 +283,7 @@ SMALL_DATA = Recipe(
     stem_width=32,
     hide_ratio=0.75,
     objective=ObjectiveConfig(predictor_depth=1, context="visible", cross_crop_weight=0.5),
-    views=ViewConfig(crops=8, crop_scale=(0.4, 1.0), colour=1.0, grey=0.2, plain_share=0.5),
+    views=ViewConfig(crops=8, crop_scale=(0.4, 1.0), colour="auto", grey=0.2, plain_share=0.5),
     epochs=24.0,
     lr=3e-3,
     lr_batch_size=64,
@@ -309,7 +309,7 @@ MIM_JEPA = dataclasses.replace(
 # In demo half of the crops without changes cost 34 points of k-NN, a jitter of .4 .4 .4 .1 25 (benchmarks/EVIDENCE.md).
 COLOUR_INVARIANT = dataclasses.replace(
     SMALL_DATA,
-    views=dataclasses.replace(SMALL_DATA.views, plain_share=0.0, jitter=(0.6, 0.6, 0.6, 0.5), jitter_p=1.0, grey=0.3),
+    views=SMALL_DATA.views.decided(ignore_colours=True),
 )
 
 # colour-invariant for petals, chosen on their val split.

@@ -20,6 +20,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from scott_sparse.data.batches import Batch, Batches, default_workers, load
+from scott_sparse.data.colour import choose_colours
 from scott_sparse.data.dataset import Data, open_data, short_side_for
 from scott_sparse.data.images import Images, channel_statistics
 from scott_sparse.distributed import full_state_dict, main_then_broadcast, on_all_processes, process_state
@@ -189,7 +190,11 @@ def prepare_run(name: str, recipe: Recipe) -> Run:
         )
     # Nodes have GPUs and disks of their own.
     engine = on_all_processes(lambda: _engine(recipe, accelerator.device))
-    data = on_all_processes(lambda: open_images(recipe))
+    data = on_all_processes(lambda: open_data(recipe.source, short_side=short_side_for(recipe.sides)))
+    if recipe.views.colour == "auto":  # one process measures: rounding, and so its answer, may differ between nodes
+        recipe, why = main_then_broadcast(lambda: decide_colours(recipe, data.pretrain))
+        console.print(why, highlight=False, soft_wrap=True)
+    data = _share(recipe, data)
     if recipe.batch_size > len(data.pretrain):
         raise ValueError(
             f"batch_size {recipe.batch_size} is larger than the data set ({len(data.pretrain)} images to train on); "
@@ -207,14 +212,23 @@ def prepare_run(name: str, recipe: Recipe) -> Run:
     return Run(name, recipe, out, accelerator, data, model, engine, console, None, FileLock(out / ".lock"), started)
 
 
+def decide_colours(recipe: Recipe, images: Images) -> tuple[Recipe, str]:
+    """A recipe with --colour auto decided by all images to pretrain on, whatever its share of them, and why."""
+    views, why = choose_colours(recipe.views, images)
+    return dataclasses.replace(recipe, views=views), why
+
+
 def open_images(recipe: Recipe) -> Data:
     """The images of a recipe, of those to pretrain on the share that it takes. Raises ValueError as `open_data`."""
-    data = open_data(recipe.source, short_side=short_side_for(recipe.sides))
-    if recipe.share < 1:
-        order = torch.randperm(len(data.pretrain), generator=generator_at(recipe.seed, "share"))
-        kept = order[: round(recipe.share * len(order))].sort().values
-        data = dataclasses.replace(data, pretrain=data.pretrain[kept])
-    return data
+    return _share(recipe, open_data(recipe.source, short_side=short_side_for(recipe.sides)))
+
+
+def _share(recipe: Recipe, data: Data) -> Data:
+    if recipe.share == 1:
+        return data
+    order = torch.randperm(len(data.pretrain), generator=generator_at(recipe.seed, "share"))
+    kept = order[: round(recipe.share * len(order))].sort().values
+    return dataclasses.replace(data, pretrain=data.pretrain[kept])
 
 
 def batches_of(recipe: Recipe, images: Images, **share: int) -> Batches:

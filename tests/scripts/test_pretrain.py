@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -78,6 +79,20 @@ def test_a_run_on_photos(labelled, tmp_path):
     message, _ = run_pretraining(*arguments, "--overwrite")
     assert not (out / "eval").exists()  # results of the weights that are gone
     assert message is None and [line["step"] for line in metrics(out)] == list(range(6))
+
+
+def test_colour_auto_is_decided_by_the_images_and_kept_when_the_run_goes_on(photos, tmp_path):
+    data, out = photos({"": 128}), tmp_path / "run"
+    flags = [*TINY_RUN, "--crops", 4, "--plain-share", 0.5, "--colour", "auto", "--data", data, "--out", out]
+    message, printed = run_pretraining("small-data", *flags, "--epochs", 0.5)
+    views = json.loads((out / "recipe.json").read_text())["views"]
+    said = re.search(r"--colour auto: images of similar .*; crops that keep their colours: (none|2 of 4)", printed)
+    assert message is None and said and views["colour"] == 1
+    assert views["plain_share"] == (0 if said[1] == "none" else 0.5)
+    message, _ = run_pretraining("small-data", *flags, "--epochs", 1)
+    assert message is None and [line["step"] for line in metrics(out)] == list(range(16))
+    message, _ = run_pretraining("small-data", *flags, "--epochs", 2, "--colour", 0.5)
+    assert "was started with other settings (views.colour was 1.0, now 0.5)" in message
 
 
 def test_the_papers_recipe_in_miniature_without_labels(photos, tmp_path):

@@ -14,6 +14,7 @@ from scott_sparse.data.dataset import DataConfig, open_data, short_side_for
 from scott_sparse.evaluation.subject import run_script
 from scott_sparse.training.learning_curve import CurveConfig, Point, answer, run_curve
 from scott_sparse.training.recipe import parse
+from scott_sparse.training.run import decide_colours, prepare_run
 
 PRETRAIN = " ".join(map(str, TINY_RUN[: TINY_RUN.index("--epochs")])) + " --report-every 0"
 
@@ -99,9 +100,11 @@ def test_results_are_used_again_where_images_and_settings_are_the_same(probe, ch
     data = photos({f"{split}/{name}": 16 for split in ("train", "test") for name in "ab"})
     scripts, out = tmp_path / "scripts", tmp_path / "curve"
     source = DataConfig(data=str(data), cache_dir=tmp_path / "cache")
-    config = CurveConfig(source=source, out=out, epochs=1.0, shares=(1.0,), pretrain=PRETRAIN)
-    _, recipe = parse(["small-data", *flags(data, out)[:4], *PRETRAIN.split(), "--epochs", "1"])
+    pretrain = f"{PRETRAIN} --colour auto"
+    config = CurveConfig(source=source, out=out, epochs=1.0, shares=(1.0,), pretrain=pretrain)
+    _, recipe = parse(["small-data", *flags(data, out)[:4], *pretrain.split(), "--epochs", "1"])
     opened = open_data(source, short_side=short_side_for((32, 32)))
+    recipe, _ = decide_colours(recipe, opened.pretrain)
     score = {"top1": 50.0, "top1_interval": [40.0, 60.0]}
     common = {"data_fingerprint": opened.fingerprint, "protocol": "clean", "image_size": [32, 32], "test": score}
     seen = {"epochs": 4 * 8 / len(opened.train), "batch_size": 8}
@@ -128,8 +131,6 @@ def test_results_are_used_again_where_images_and_settings_are_the_same(probe, ch
 
 
 def test_a_share_is_of_the_images_to_pretrain_on_alone_and_nested(photos, tmp_path):
-    from scott_sparse.training.run import prepare_run
-
     data, rows = photos({f"{split}/{name}": 16 for split in ("train", "test") for name in "ab"}), {}
     for share in ("1", ".5", ".25"):
         command = ["small-data", *TINY_RUN, "--share", share, "--data", data, "--cache-dir", tmp_path / "cache"]

@@ -59,6 +59,7 @@ class Run:
     checkpoint: Path | None  # from which the run resumes
     lock: FileLock  # of the run folder, held by the main process as long as this object lives
     started: float = dataclasses.field(default_factory=time.perf_counter)
+    colours: str | None = None  # why --colour auto became what it is
 
     @property
     def steps_per_epoch(self) -> int:
@@ -106,6 +107,8 @@ class Run:
             f"{accelerator.mixed_precision}; loss terms: {', '.join(recipe.objective.terms)}"
         )
         self.console.print(data.describe(), markup=False, highlight=False)
+        if self.colours:
+            self.console.print(self.colours, highlight=False)
         if data.unreadable:
             self.console.print(f"{len(data.unreadable):,} images cannot be read and are left out: see {UNREADABLE}")
         if data.test and data.test_duplicates:
@@ -191,9 +194,9 @@ def prepare_run(name: str, recipe: Recipe) -> Run:
     # Nodes have GPUs and disks of their own.
     engine = on_all_processes(lambda: _engine(recipe, accelerator.device))
     data = on_all_processes(lambda: open_data(recipe.source, short_side=short_side_for(recipe.sides)))
+    why = None
     if recipe.views.colour == "auto":  # one process measures: rounding, and so its answer, may differ between nodes
         recipe, why = main_then_broadcast(lambda: decide_colours(recipe, data.pretrain))
-        console.print(why, highlight=False, soft_wrap=True)
     data = _share(recipe, data)
     if recipe.batch_size > len(data.pretrain):
         raise ValueError(
@@ -209,7 +212,8 @@ def prepare_run(name: str, recipe: Recipe) -> Run:
     model.encoder.preprocess = preprocess_of(recipe, data.pretrain)
     if start:
         console.print(start.load_into(model.encoder), highlight=False, soft_wrap=True)
-    return Run(name, recipe, out, accelerator, data, model, engine, console, None, FileLock(out / ".lock"), started)
+    lock = FileLock(out / ".lock")
+    return Run(name, recipe, out, accelerator, data, model, engine, console, None, lock, started, why)
 
 
 def decide_colours(recipe: Recipe, images: Images) -> tuple[Recipe, str]:

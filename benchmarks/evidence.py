@@ -51,8 +51,9 @@ ONE_GROUP = ("--plain-share", "0", "--crop-scale", ".2", "1")
 PUBLISHED = ("--image-size", "64", "--patch-size", "8", "--size", "demo", "--stem-width", "32")
 RECIPES = {  # name of a cell: a recipe of train/pretrain.py, and flags
     "small-data": ("small-data",),
+    "half of the crops coloured": ("small-data", "--colour", "1"),
     "plain crops only": ("small-data", "--colour", "0", *ONE_GROUP),
-    "coloured crops only": ("small-data", *ONE_GROUP),
+    "coloured crops only": ("small-data", "--colour", "1", *ONE_GROUP),
     "without MIM-JEPA": ("small-data", "--mim-weight", "0"),
     "SIGReg for NT-Xent": ("small-data", "--cross-crop-loss", "sigreg", "--cross-crop-weight", "1"),
     "patch embedding": ("small-data", "--tokenizer", "patch"),

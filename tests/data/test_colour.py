@@ -96,5 +96,5 @@ def test_views_cannot_be_drawn_before_it_is_decided():
 
 
 def test_independence_needs_a_small_error():
-    assert ColourAgreement(0.51, 0.004, 1000).independent and not ColourAgreement(0.51, 0.006, 1000).independent
+    assert ColourAgreement(0.52, 0.004, 1000).independent and not ColourAgreement(0.52, 0.006, 1000).independent
     assert not ColourAgreement(0.5, 0.0, 2).independent

@@ -1,11 +1,11 @@
-"""Which recipe gains, on which kind of images? Seven sets, three frozen probes, each against the untrained encoder.
+"""Which recipe gains, on which kind of images? Eight sets, three frozen probes, each against the untrained encoder.
 
     python benchmarks/evidence.py --sets DIR                                   # the first cells, on all sets
     python benchmarks/evidence.py --sets DIR --only "without MIM-JEPA" --on grocery160 fashion12k --seeds 0 1 2
     python benchmarks/evidence.py --sets DIR --only "published objective" --on grocery160 --images 880000 --points 10
     python benchmarks/evidence.py --tables                                     # of what has been run already
 
-DIR holds the folders grocery160, imagenette160, cifar12k, fashion12k and pets_sample; outlines.py makes outlines from
+DIR holds the folders grocery160, imagenette160, cifar12k, fashion12k and pets_sample; outlines.py makes two more of
 them, and petals are drawn. A cell trains with train/pretrain.py (supervised: eval/finetune.py --from-scratch, whose
 epoch is chosen on val) and is judged by eval/knn.py, eval/linear.py and eval/attentive.py, each in a process of its own
 with one thread. All cells of a bench see the same number of images, counted with repetition. A finished cell is one
@@ -44,6 +44,7 @@ SETS = {  # name: what tells its classes apart, and the flags that open it
     "petals": ("geometry", ("--data", "petals", "--image-size", "48")),
     "pets_sample": ("few, fine-grained", ("--data", "pets37", "--data-root", "{sets}/pets_sample")),
     "outlines": ("outline, test under other conditions", ("--data", "{sets}/outlines")),
+    "outlines-tinted": ("colour, test under other conditions", ("--data", "{sets}/outlines-tinted")),
 }
 BASELINES = ("pixels", "untrained", "supervised")
 ONE_GROUP = ("--plain-share", "0", "--crop-scale", ".2", "1")

@@ -41,23 +41,20 @@ class ColourAgreement:
 
     @property
     def independent(self) -> bool:
-        """Whether colours say nothing of shapes. False also if there are too few images to tell."""
-        return self.images >= MIN_IMAGES and self.mean + 2 * self.error < INDEPENDENT
+        """Whether colours say nothing of shapes. False also for grey images, and if there are too few to tell."""
+        return self.images >= MIN_IMAGES and self.error > 0 and self.mean + 2 * self.error < INDEPENDENT
 
     def __str__(self) -> str:
-        if not self.error:  # all of one colour
-            return "the images are grey"
+        if not self.error:  # no hues to compare
+            return "grey images"
         percent = f"{100 * self.mean:.1f} ± {100 * self.error:.1f} %"
         return f"images of similar shapes are closer in colour than {percent} of all pairs (chance 50 %)"
 
 
 def choose_colours(config: ViewConfig, images: Images) -> tuple[ViewConfig, str]:
     """A config with a number for `colour` auto, and in a line why: images whose colours say nothing lose them."""
-    if images.channels == 1:
-        ignore, why = True, "the images are grey"
-    elif images.channels != 3:
-        ignore, why = False, f"the images have {images.channels} channels"
-    else:
+    ignore, why = False, f"images of {images.channels} channels"
+    if images.channels == 3:
         agreement = colour_agreement(images)
         ignore, why = agreement.independent, str(agreement)
     config = config.decided(ignore_colours=ignore)
@@ -66,7 +63,7 @@ def choose_colours(config: ViewConfig, images: Images) -> tuple[ViewConfig, str]
 
 
 def colour_agreement(images: Images) -> ColourAgreement:
-    """Compare evenly spaced images, at most `MAX_IMAGES`; about two seconds on one core. Grey images agree by chance.
+    """Compare evenly spaced images, at most `MAX_IMAGES`; about two seconds on one core.
 
     Raises ValueError unless the images have three channels.
     """

@@ -24,7 +24,7 @@ MIN_IMAGES, MAX_IMAGES = 100, 3000
 NEIGHBOURS = 5
 SIDE, CELL = 64, 16  # pixels
 ANGLES, HUES = 9, 12  # bins
-INDEPENDENT = 0.53  # largest agreement of colours and shapes that counts as none; at .54 to .55 both recipes are level
+INDEPENDENT = 0.53  # agreement, with twice its error, below which there is none (benchmarks/EVIDENCE.md)
 
 
 @dataclass(frozen=True)

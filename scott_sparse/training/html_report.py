@@ -110,7 +110,8 @@ def write_about(run: Run) -> None:
         launcher += f" {kind} --num_processes {processes}" if processes > 1 else ""
         launcher += f" --mixed_precision {precision}" if precision != "no" else ""
     words = [word for word in sys.argv if word != "--overwrite"]  # which would delete the run
-    about = {"command": f"{launcher} {shlex.join(words)}", "data": run.data.describe(), "environment": environment}
+    data = "; ".join(filter(None, [run.data.describe(), run.colours]))
+    about = {"command": f"{launcher} {shlex.join(words)}", "data": data, "environment": environment}
     write_json(run.out / PICTURES / f"{ABOUT}.json", about)
 
 

@@ -272,10 +272,10 @@ def _from_json(config: type, fields: dict[str, Any]) -> Any:
 
 FLOWERS102 = Recipe(source=DataConfig(data="flowers102"), dropout=0.2, attention_dropout=0.1, drop_path=0.1)
 
-# What gains on seven sets of different kind in ten CPU minutes (benchmarks/EVIDENCE.md): eight crops with a quarter
-# visible, half of them with changed colours and half without, compared apart: contrast makes features blind to whatever
-# crops differ in, and finds crops by colour where they do not. Rates follow batch and length: --epochs and --batch-size
-# can be changed alone.
+# What gains on eight sets of different kind in ten CPU minutes (benchmarks/EVIDENCE.md): eight crops with a quarter
+# visible. Contrast makes features blind to whatever crops differ in, and finds crops by colour where they do not: half
+# of the crops have changed colours and half keep theirs, compared apart, unless colours say nothing of the images.
+# Rates follow batch and length: --epochs and --batch-size can be changed alone.
 SMALL_DATA = Recipe(
     image_size=64,
     size="demo",

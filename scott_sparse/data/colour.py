@@ -53,7 +53,7 @@ class ColourAgreement:
 
 def choose_colours(config: ViewConfig, images: Images) -> tuple[ViewConfig, str]:
     """A config with a number for `colour` auto, and in a line why: images whose colours say nothing lose them."""
-    ignore, why = False, f"images of {images.channels} channels"
+    ignore, why = False, "grey images" if images.channels == 1 else f"images of {images.channels} channels"
     if images.channels == 3:
         agreement = colour_agreement(images)
         ignore, why = agreement.independent, str(agreement)
@@ -68,7 +68,7 @@ def colour_agreement(images: Images) -> ColourAgreement:
     Raises ValueError unless the images have three channels.
     """
     if images.channels != 3:
-        raise ValueError(f"images of {images.channels} channels have no hue.")
+        raise ValueError(f"hues need images of 3 channels, not {images.channels}.")
     rows = images.rows[evenly_spaced(len(images), MAX_IMAGES)].tolist()
     pictures = [cv2.resize(images.read(row), (SIDE, SIDE), interpolation=cv2.INTER_AREA) for row in rows]
     shapes = torch.stack([_gradients(picture) for picture in pictures])
@@ -76,9 +76,8 @@ def colour_agreement(images: Images) -> ColourAgreement:
     by_shape, by_colour = _similarity(shapes - shapes.mean(0)), _similarity(colours)
     neighbours = by_shape.topk(min(NEIGHBOURS, len(rows) - 1)).indices
     others, theirs = by_colour.sort().values[:, 1:].contiguous(), by_colour.gather(1, neighbours)
-    rank = (
-        torch.searchsorted(others, theirs) + torch.searchsorted(others, theirs, right=True)
-    ) / 2  # the middle of ties
+    less, up_to = (torch.searchsorted(others, theirs, right=ties) for ties in (False, True))
+    rank = (less + up_to) / 2
     share = rank.mean(1) / others.shape[1]
     return ColourAgreement(share.mean().item(), share.std().item() / len(rows) ** 0.5, len(rows))
 

@@ -81,7 +81,7 @@ def test_agreement_is_the_share_of_images_that_are_less_similar_in_colour(monkey
 def test_grey_images_and_bands_keep_what_they_have():
     """Brightness tells grey groceries apart: 4 points of k-NN, 3 of linear less without crops that keep it."""
     grey = torch.randint(256, (200, 16, 16, 1), dtype=torch.uint8)
-    said = {1: "images of 1 channels", 3: "grey images", 13: "images of 13 channels"}
+    said = {1: "grey images", 3: "grey images", 13: "images of 13 channels"}
     for channels, why in said.items():
         images = Images.of(grey.expand(-1, -1, -1, channels).contiguous())
         expected = dataclasses.replace(SMALL_DATA, colour=1.0)
@@ -89,7 +89,7 @@ def test_grey_images_and_bands_keep_what_they_have():
             expected,
             f"--colour auto: {why}; crops that keep their colours: 4 of 8",
         )
-    with pytest.raises(ValueError, match="1 channels have no hue"):
+    with pytest.raises(ValueError, match="images of 3 channels, not 1"):
         colour_agreement(Images.of(grey))
 
 

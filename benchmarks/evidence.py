@@ -68,7 +68,6 @@ CURVES = {
     "published objective": "tab:blue",
     "mim-jepa": "tab:orange",
     "small-data": "tab:green",
-    "colour-invariant": "tab:red",
 }
 PROBES = {"knn": (), "linear": (), "attentive": ("--epochs", "30")}
 

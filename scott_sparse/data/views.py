@@ -93,6 +93,7 @@ class ViewConfig:
         return replace(self, colour=1.0, **(IGNORE_COLOURS if ignore_colours else {}))
 
 
+# Of `ViewConfig`, for images whose colours say nothing.
 IGNORE_COLOURS: dict[str, Any] = {"plain_share": 0.0, "jitter": (0.6, 0.6, 0.6, 0.5), "jitter_p": 1.0, "grey": 0.3}
 
 

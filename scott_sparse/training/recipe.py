@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
 from scott_sparse.cli import ADVANCED, parse_flags
 from scott_sparse.data.dataset import DataConfig
-from scott_sparse.data.views import ViewConfig
+from scott_sparse.data.views import IGNORE_COLOURS, ViewConfig
 from scott_sparse.model.engines import check_engine
 from scott_sparse.model.jepa import MIMJEPA, ObjectiveConfig
 from scott_sparse.model.masks import visible_count
@@ -413,6 +413,10 @@ def parse_flags_of(name: str, arguments: list[str]) -> Recipe:
         _refuse_old_flags(arguments)
         raise mistake
     recipe.objective.refuse_ignored(vars(default.objective))
+    for name, value in IGNORE_COLOURS.items() if recipe.views.colour == "auto" else ():
+        given = getattr(recipe.views, name)
+        if given not in (value, getattr(default.views, name)):
+            raise ValueError(f"--{name.replace('_', '-')} is decided by --colour auto; pass --colour 1 with it.")
     recipe.validate()
     return recipe
 

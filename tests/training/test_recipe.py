@@ -130,6 +130,15 @@ def test_flags_of_earlier_versions_name_the_new_ones(flags):
     assert str(mistake.value) == OLD[flags]
 
 
+@pytest.mark.parametrize("flag", ["--jitter .1 .1 .1 .1", "--grey 0", "--plain-share 0.25"])
+def test_what_colour_auto_decides_is_refused_beside_it(flag):
+    arguments = ["small-data", "--data", "PHOTOS", *flag.split()]
+    with pytest.raises(ValueError, match=f"{flag.split()[0]} is decided by --colour auto; pass --colour 1 with it"):
+        parse(arguments)
+    parse([*arguments, "--colour", "1"])
+    parse(["small-data", "--data", "PHOTOS", "--plain-share", "0"])  # as it may become
+
+
 def test_recipes_hold_the_published_values():
     paper = recipes.FLOWERS102
     assert (paper.sides, paper.encoder.dim, paper.encoder.depth, paper.encoder.heads) == ((224, 224), 384, 12, 4)

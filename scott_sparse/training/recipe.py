@@ -307,10 +307,7 @@ MIM_JEPA = dataclasses.replace(
 
 # small-data with the colours of all crops changed, and strongly: for images whose colours say nothing of the classes.
 # In demo half of the crops without changes cost 34 points of k-NN, a jitter of .4 .4 .4 .1 25 (benchmarks/EVIDENCE.md).
-COLOUR_INVARIANT = dataclasses.replace(
-    SMALL_DATA,
-    views=SMALL_DATA.views.decided(ignore_colours=True),
-)
+COLOUR_INVARIANT = dataclasses.replace(SMALL_DATA, views=SMALL_DATA.views.decided(ignore_colours=True))
 
 # colour-invariant for petals, chosen on their val split.
 DEMO = dataclasses.replace(
@@ -413,10 +410,9 @@ def parse_flags_of(name: str, arguments: list[str]) -> Recipe:
         _refuse_old_flags(arguments)
         raise mistake
     recipe.objective.refuse_ignored(vars(default.objective))
-    for name, value in IGNORE_COLOURS.items() if recipe.views.colour == "auto" else ():
-        given = getattr(recipe.views, name)
-        if given not in (value, getattr(default.views, name)):
-            raise ValueError(f"--{name.replace('_', '-')} is decided by --colour auto; pass --colour 1 with it.")
+    for field, value in IGNORE_COLOURS.items() if recipe.views.colour == "auto" else ():
+        if getattr(recipe.views, field) not in (value, getattr(default.views, field)):
+            raise ValueError(f"--{field.replace('_', '-')} is decided by --colour auto; pass --colour 1 with it.")
     recipe.validate()
     return recipe
 

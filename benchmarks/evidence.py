@@ -64,11 +64,7 @@ RECIPES = {  # name of a cell: a recipe of train/pretrain.py, and flags
     "published objective": ("flowers102", *PUBLISHED),
 }
 CELLS = (*BASELINES, *RECIPES)
-CURVES = {
-    "published objective": "tab:blue",
-    "mim-jepa": "tab:orange",
-    "small-data": "tab:green",
-}
+CURVES = {"published objective": "tab:blue", "mim-jepa": "tab:orange", "small-data": "tab:green"}  # drawn in the figure
 PROBES = {"knn": (), "linear": (), "attentive": ("--epochs", "30")}
 
 

@@ -52,7 +52,9 @@ class ColourAgreement:
 
 
 def choose_colours(config: ViewConfig, images: Images) -> tuple[ViewConfig, str]:
-    """A config with a number for `colour` auto, and in a line why: images whose colours say nothing lose them."""
+    """A config in which `colour` auto is a number, and one line for the user that says why ("" if it was a number)."""
+    if config.colour != "auto":
+        return config, ""
     ignore, why = False, "grey images" if images.channels == 1 else f"images of {images.channels} channels"
     if images.channels == 3:
         agreement = colour_agreement(images)

@@ -92,6 +92,12 @@ class ViewConfig:
         """With a number for `colour` auto; `ignore_colours`: the colours of all crops change, strongly."""
         return replace(self, colour=1.0, **(IGNORE_COLOURS if ignore_colours else {}))
 
+    def refuse_ignored(self, defaults: dict[str, Any]) -> None:
+        """Raise ValueError, for a value that differs from `defaults` although `colour` auto decides it."""
+        for name, value in IGNORE_COLOURS.items() if self.colour == "auto" else ():
+            if getattr(self, name) not in (value, defaults[name]):
+                raise ValueError(f"--{name.replace('_', '-')} is decided by --colour auto; pass --colour 1 with it.")
+
 
 # Of `ViewConfig`, for images whose colours say nothing.
 IGNORE_COLOURS: dict[str, Any] = {"plain_share": 0.0, "jitter": (0.6, 0.6, 0.6, 0.5), "jitter_p": 1.0, "grey": 0.3}

@@ -18,13 +18,13 @@ from typing import Any
 import tyro
 from matplotlib.figure import Figure
 
+from scott_sparse.data.colour import choose_colours
 from scott_sparse.data.dataset import DataConfig, open_data, short_side_for
 from scott_sparse.evaluation.finetune import FinetuneConfig
 from scott_sparse.files import read_json, write_json
 from scott_sparse.training.plan import show_time
 from scott_sparse.training.recipe import parse
 from scott_sparse.training.resume import RECIPE, SUMMARY, changed_settings
-from scott_sparse.training.run import decide_colours
 from scott_sparse.training.saver import EXIT_RESUME
 
 CURVE = "learning_curve.json"
@@ -100,8 +100,8 @@ def run_curve(config: CurveConfig, scripts: Path) -> None:
         raise ValueError(
             f"share {config.shares[0]:g} is {counts[0]} images, fewer than --batch-size {recipe.batch_size}."
         )
-    if recipe.views.colour == "auto":
-        recipe, _ = decide_colours(recipe, data.pretrain)
+    views, _ = choose_colours(recipe.views, data.pretrain)
+    recipe = dataclasses.replace(recipe, views=views)
     steps = max(round(recipe.epochs * (len(data.pretrain) // recipe.batch_size)), 1)
     runs = [config.out / f"images-{count}" for count in counts]
     for run, share in zip(runs, config.shares):

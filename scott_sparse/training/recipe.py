@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
 from scott_sparse.cli import ADVANCED, parse_flags
 from scott_sparse.data.dataset import DataConfig
-from scott_sparse.data.views import IGNORE_COLOURS, ViewConfig
+from scott_sparse.data.views import ViewConfig
 from scott_sparse.model.engines import check_engine
 from scott_sparse.model.jepa import MIMJEPA, ObjectiveConfig
 from scott_sparse.model.masks import visible_count
@@ -410,9 +410,7 @@ def parse_flags_of(name: str, arguments: list[str]) -> Recipe:
         _refuse_old_flags(arguments)
         raise mistake
     recipe.objective.refuse_ignored(vars(default.objective))
-    for field, value in IGNORE_COLOURS.items() if recipe.views.colour == "auto" else ():
-        if getattr(recipe.views, field) not in (value, getattr(default.views, field)):
-            raise ValueError(f"--{field.replace('_', '-')} is decided by --colour auto; pass --colour 1 with it.")
+    recipe.views.refuse_ignored(vars(default.views))
     recipe.validate()
     return recipe
 

@@ -59,7 +59,7 @@ class Run:
     checkpoint: Path | None  # from which the run resumes
     lock: FileLock  # of the run folder, held by the main process as long as this object lives
     started: float = dataclasses.field(default_factory=time.perf_counter)
-    colours: str | None = None  # why --colour auto became what it is
+    colours: str = ""  # why --colour auto became what it is
 
     @property
     def steps_per_epoch(self) -> int:
@@ -194,9 +194,9 @@ def prepare_run(name: str, recipe: Recipe) -> Run:
     # Nodes have GPUs and disks of their own.
     engine = on_all_processes(lambda: _engine(recipe, accelerator.device))
     data = on_all_processes(lambda: open_data(recipe.source, short_side=short_side_for(recipe.sides)))
-    why = None
-    if recipe.views.colour == "auto":  # one process measures: rounding, and so its answer, may differ between nodes
-        recipe, why = main_then_broadcast(lambda: decide_colours(recipe, data.pretrain))
+    # By all images, whatever share of them is taken, on one process: rounding may differ between nodes.
+    views, why = main_then_broadcast(lambda: choose_colours(recipe.views, data.pretrain))
+    recipe = dataclasses.replace(recipe, views=views)
     data = _share(recipe, data)
     if recipe.batch_size > len(data.pretrain):
         raise ValueError(
@@ -214,12 +214,6 @@ def prepare_run(name: str, recipe: Recipe) -> Run:
         console.print(start.load_into(model.encoder), highlight=False, soft_wrap=True)
     lock = FileLock(out / ".lock")
     return Run(name, recipe, out, accelerator, data, model, engine, console, None, lock, started, why)
-
-
-def decide_colours(recipe: Recipe, images: Images) -> tuple[Recipe, str]:
-    """A recipe with --colour auto decided by all images to pretrain on, whatever its share of them, and why."""
-    views, why = choose_colours(recipe.views, images)
-    return dataclasses.replace(recipe, views=views), why
 
 
 def open_images(recipe: Recipe) -> Data:

@@ -1,5 +1,6 @@
 """eval/learning_curve.py as a user runs it, on tiny runs; the answer in words."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -10,11 +11,12 @@ import pytest
 from conftest import ROOT, TINY_RUN
 from PIL import Image
 
+from scott_sparse.data.colour import choose_colours
 from scott_sparse.data.dataset import DataConfig, open_data, short_side_for
 from scott_sparse.evaluation.subject import run_script
 from scott_sparse.training.learning_curve import CurveConfig, Point, answer, run_curve
 from scott_sparse.training.recipe import parse
-from scott_sparse.training.run import decide_colours, prepare_run
+from scott_sparse.training.run import prepare_run
 
 PRETRAIN = " ".join(map(str, TINY_RUN[: TINY_RUN.index("--epochs")])) + " --report-every 0"
 
@@ -104,7 +106,7 @@ def test_results_are_used_again_where_images_and_settings_are_the_same(probe, ch
     config = CurveConfig(source=source, out=out, epochs=1.0, shares=(1.0,), pretrain=pretrain)
     _, recipe = parse(["small-data", *flags(data, out)[:4], *pretrain.split(), "--epochs", "1"])
     opened = open_data(source, short_side=short_side_for((32, 32)))
-    recipe, _ = decide_colours(recipe, opened.pretrain)
+    recipe = dataclasses.replace(recipe, views=choose_colours(recipe.views, opened.pretrain)[0])
     score = {"top1": 50.0, "top1_interval": [40.0, 60.0]}
     common = {"data_fingerprint": opened.fingerprint, "protocol": "clean", "image_size": [32, 32], "test": score}
     seen = {"epochs": 4 * 8 / len(opened.train), "batch_size": 8}
